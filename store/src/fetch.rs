@@ -1,0 +1,309 @@
+//! Fetching frames: single flight, merging of neighbours, retry, decoding, verification, caching.
+//!
+//! A frame that is wanted is in one of three places: decoded in memory ([`memory`]), in flight
+//! (somebody asked before; wait with them), or it needs a [`ranges::RangeRead`]. Ranges are read
+//! by [`read`]: from a local store or the disk cache on the decode threads, from a remote store on
+//! the I/O runtime. What arrives is decoded and verified on the decode threads, and every waiter
+//! is called there.
+
+pub(crate) mod disk;
+mod memory;
+mod ranges;
+mod read;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::format::frame::{self, FrameEntry};
+use crate::format::keys::{self, PackId};
+use crate::objects::Objects;
+use crate::workers::Workers;
+use crate::{Error, Frame, SnapshotId, Urgency};
+use disk::DiskCache;
+use memory::MemoryCache;
+use ranges::RangeRead;
+
+/// Demand requests in flight to a remote store. A bound, not a target: faults are few.
+const DEMAND_REQUESTS: usize = 64;
+/// Prefetch requests in flight to a remote store: enough to fill 10 Gbit/s at the 90 MB/s that one
+/// S3 connection gives.
+const PREFETCH_REQUESTS: usize = 16;
+/// How often bytes that fail verification are asked for: the first time, and once more.
+const READS_OF_DAMAGED: u32 = 2;
+
+/// The object that a frame lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum ObjectId {
+    /// A pack.
+    Pack(PackId),
+    /// A working set, by snapshot and sequence.
+    WorkingSet(SnapshotId, u64),
+}
+
+impl ObjectId {
+    /// Its object key.
+    pub(crate) fn key(&self) -> String {
+        match self {
+            Self::Pack(pack) => pack.key(),
+            Self::WorkingSet(snapshot, sequence) => keys::working_set(*snapshot, *sequence),
+        }
+    }
+}
+
+/// A frame, where it lies, and what must come out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FrameSpec {
+    pub(crate) object: ObjectId,
+    pub(crate) entry: FrameEntry,
+}
+
+/// What names a frame in caches and flights.
+pub(crate) type FrameKey = (ObjectId, u64);
+
+impl FrameSpec {
+    pub(crate) fn key(&self) -> FrameKey {
+        (self.object, self.entry.offset)
+    }
+}
+
+/// Called once for each frame asked for, with the tag it was asked under.
+pub(crate) type Done = Arc<dyn Fn(usize, Result<Frame, Error>) + Send + Sync>;
+
+/// What the fetch path has done since the process started.
+#[derive(Debug, Default)]
+pub struct FetchCounters {
+    /// Requests for ranges, to the store.
+    pub store_reads: AtomicU64,
+    /// Bytes they brought.
+    pub store_bytes: AtomicU64,
+    /// Ranges read from the disk cache.
+    pub disk_cache_reads: AtomicU64,
+    /// Frames found decoded in memory.
+    pub memory_hits: AtomicU64,
+    /// Frames decoded and verified.
+    pub decoded_frames: AtomicU64,
+    /// Requests tried again.
+    pub retries: AtomicU64,
+    /// Frames that failed verification.
+    pub damaged_frames: AtomicU64,
+}
+
+/// The fetch path of one process. Clones share everything.
+#[derive(Clone)]
+pub(crate) struct Fetcher(Arc<Shared>);
+
+struct Shared {
+    objects: Objects,
+    runtime: tokio::runtime::Handle,
+    workers: Workers,
+    disk: Option<DiskCache>,
+    memory: Mutex<MemoryCache>,
+    flights: Mutex<HashMap<FrameKey, Flight>>,
+    open_packs: Mutex<lru::LruCache<ObjectId, Arc<std::fs::File>>>,
+    demand_permits: Semaphore,
+    prefetch_permits: Semaphore,
+    next_read: AtomicU64,
+    counters: FetchCounters,
+}
+
+/// A frame that is on its way.
+struct Flight {
+    /// The read that will bring it.
+    read: u64,
+    /// That read has begun: too late for another to take the frame over.
+    begun: bool,
+    urgency: Urgency,
+    waiters: Vec<(usize, Done)>,
+}
+
+impl Fetcher {
+    pub(crate) fn new(
+        objects: Objects,
+        runtime: tokio::runtime::Handle,
+        workers: Workers,
+        disk: Option<DiskCache>,
+        memory_bytes: u64,
+    ) -> Self {
+        let open_packs = std::num::NonZeroUsize::new(256).expect("not zero");
+        Self(Arc::new(Shared {
+            objects,
+            runtime,
+            workers,
+            disk,
+            memory: Mutex::new(MemoryCache::new(memory_bytes)),
+            flights: Mutex::default(),
+            open_packs: Mutex::new(lru::LruCache::new(open_packs)),
+            demand_permits: Semaphore::new(DEMAND_REQUESTS),
+            prefetch_permits: Semaphore::new(PREFETCH_REQUESTS),
+            next_read: AtomicU64::new(0),
+            counters: FetchCounters::default(),
+        }))
+    }
+
+    pub(crate) fn counters(&self) -> &FetchCounters {
+        &self.0.counters
+    }
+
+    /// Bytes of decoded frames in memory now.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.0.memory.lock().bytes()
+    }
+
+    /// The disk cache, if there is one.
+    pub(crate) fn disk(&self) -> Option<&DiskCache> {
+        self.0.disk.as_ref()
+    }
+
+    /// The frame, if it is decoded in memory.
+    pub(crate) fn cached(&self, key: &FrameKey) -> Option<Frame> {
+        let frame = self.0.memory.lock().get(key)?;
+        self.0.counters.memory_hits.fetch_add(1, Ordering::Relaxed);
+        Some(frame)
+    }
+
+    /// See [`crate::Snapshot::fetch`]; `wanted` are frames and their tags.
+    pub(crate) fn fetch(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        done: &Done,
+    ) {
+        let mut here = Vec::new();
+        let mut missing = Vec::new();
+        let mut flights = self.0.flights.lock();
+        for (spec, tag) in wanted {
+            // Looked up under the flights' lock: `complete` fills memory before it ends a flight,
+            // so a frame is always found in one of the two.
+            if let Some(frame) = self.cached(&spec.key()) {
+                here.push((tag, frame));
+                continue;
+            }
+            let waiter = (tag, done.clone());
+            match flights.get_mut(&spec.key()) {
+                Some(flight) => {
+                    flight.waiters.push(waiter);
+                    // Demand for a frame that waits in a prefetch queue gets a read of its own.
+                    if urgency == Urgency::Demand && flight.urgency == Urgency::Prefetch {
+                        flight.urgency = Urgency::Demand;
+                        if !flight.begun {
+                            missing.push(spec);
+                        }
+                    }
+                }
+                None => {
+                    let flight = Flight { read: 0, begun: false, urgency, waiters: vec![waiter] };
+                    flights.insert(spec.key(), flight);
+                    missing.push(spec);
+                }
+            }
+        }
+        let reads = self.plan(missing, urgency, &mut flights);
+        drop(flights);
+        for read in reads {
+            self.begin(read);
+        }
+        for (tag, frame) in here {
+            done(tag, Ok(frame));
+        }
+    }
+
+    /// Merges frames into reads, which own their frames' flights from here on.
+    fn plan(
+        &self,
+        missing: Vec<FrameSpec>,
+        urgency: Urgency,
+        flights: &mut HashMap<FrameKey, Flight>,
+    ) -> Vec<RangeRead> {
+        let is_cached =
+            |spec: &FrameSpec| self.0.disk.as_ref().is_some_and(|disk| disk.contains(&spec.key()));
+        let (on_disk, in_store): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_cached);
+        let mut reads = Vec::new();
+        for (specs, from_cache) in [(on_disk, true), (in_store, false)] {
+            // Frames lie apart in the cache: each is a read of its own there.
+            for group in ranges::merge(specs, from_cache) {
+                let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
+                for spec in &group {
+                    if let Some(flight) = flights.get_mut(&spec.key()) {
+                        flight.read = number;
+                    }
+                }
+                let since = Instant::now();
+                reads.push(RangeRead {
+                    number,
+                    urgency,
+                    frames: group,
+                    from_cache,
+                    tries: 0,
+                    since,
+                });
+            }
+        }
+        reads
+    }
+
+    /// Decodes and verifies one frame's stored bytes, and tells its waiters. Damage is fetched once
+    /// more, past the cache.
+    fn finish(&self, spec: &FrameSpec, stored: &Bytes, read: &RangeRead) {
+        let mut abandoned = AbandonedFlight { fetcher: self, key: Some(spec.key()) };
+        match frame::decode(&spec.entry, stored) {
+            Ok(decoded) => {
+                self.0.counters.decoded_frames.fetch_add(1, Ordering::Relaxed);
+                if !read.from_cache
+                    && let Some(disk) = &self.0.disk
+                {
+                    disk.insert(spec.key(), stored.clone());
+                }
+                self.complete(&spec.key(), Ok(Frame::new(decoded)));
+            }
+            Err(why) => {
+                self.0.counters.damaged_frames.fetch_add(1, Ordering::Relaxed);
+                let object = format!("{} at {}", spec.object.key(), spec.entry.offset);
+                tracing::warn!("{object}: {why}, in bytes from {}", read.source());
+                if read.from_cache
+                    && let Some(disk) = &self.0.disk
+                {
+                    disk.remove(&spec.key());
+                }
+                if read.from_cache || read.tries + 1 < READS_OF_DAMAGED {
+                    self.begin(read.again(vec![*spec]));
+                } else {
+                    self.complete(&spec.key(), Err(Error::damaged(object, why)));
+                }
+            }
+        }
+        abandoned.key = None;
+    }
+
+    /// Ends a flight: into memory first, then off the table, then the waiters.
+    fn complete(&self, key: &FrameKey, result: Result<Frame, Error>) {
+        if let Ok(frame) = &result {
+            let evicted = self.0.memory.lock().insert(*key, frame.clone());
+            drop(evicted);
+        }
+        let flight = self.0.flights.lock().remove(key);
+        for (tag, done) in flight.map(|flight| flight.waiters).unwrap_or_default() {
+            done(tag, result.clone());
+        }
+    }
+}
+
+/// Ends a flight with an error if its decoding panics: nobody may wait for ever.
+struct AbandonedFlight<'a> {
+    fetcher: &'a Fetcher,
+    key: Option<FrameKey>,
+}
+
+impl Drop for AbandonedFlight<'_> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key.take() {
+            let error = Error::local(key.0.key(), "decoding a frame panicked; this is a bug");
+            self.fetcher.complete(&key, Err(error));
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Which bytes to ask for: neighbouring frames of one object become one request.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use super::{FrameSpec, ObjectId};
+use crate::Urgency;
+
+/// Between two frames, this many unwanted bytes are read rather than starting another request.
+const LARGEST_GAP_BYTES: u64 = 32 << 10;
+/// A request is at most this long: a sequential read costs one request per 4 MiB.
+const LONGEST_BYTES: u64 = 4 << 20;
+/// And at least this long before it pays to spread the bytes over more connections.
+const SHORTEST_BYTES: u64 = 128 << 10;
+/// Over how many requests a batch is spread, when it is long enough.
+const SPREAD: u64 = 16;
+
+/// A read of some neighbouring frames of one object.
+#[derive(Clone, Debug)]
+pub(super) struct RangeRead {
+    /// Never reused; flights name the read that owns them by it.
+    pub(super) number: u64,
+    pub(super) urgency: Urgency,
+    /// By offset, not empty.
+    pub(super) frames: Vec<FrameSpec>,
+    /// From the disk cache (then it is one frame), else from the store.
+    pub(super) from_cache: bool,
+    /// How often the store was read for these frames before.
+    pub(super) tries: u32,
+    /// When the first try began.
+    pub(super) since: Instant,
+}
+
+impl RangeRead {
+    pub(super) fn object(&self) -> ObjectId {
+        self.frames[0].object
+    }
+
+    /// The bytes of the object that hold all frames.
+    pub(super) fn range(&self) -> Range<u64> {
+        let end = self.frames.iter().map(|frame| frame.entry.end()).max();
+        self.frames[0].entry.offset..end.unwrap_or_default()
+    }
+
+    /// The same read of `frames`, from the store, once more.
+    pub(super) fn again(&self, frames: Vec<FrameSpec>) -> Self {
+        let tries = if self.from_cache { self.tries } else { self.tries + 1 };
+        Self { frames, from_cache: false, tries, ..self.clone() }
+    }
+
+    /// Where the bytes come from, for logs.
+    pub(super) fn source(&self) -> &'static str {
+        if self.from_cache { "the disk cache" } else { "the store" }
+    }
+}
+
+/// Groups frames into requests; `alone`: every frame is a request of its own.
+pub(super) fn merge(mut frames: Vec<FrameSpec>, alone: bool) -> Vec<Vec<FrameSpec>> {
+    frames.sort_by_key(FrameSpec::key);
+    let total: u64 = frames.iter().map(|frame| u64::from(frame.entry.stored_bytes)).sum();
+    let longest = (total / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES);
+    let mut groups: Vec<Vec<FrameSpec>> = Vec::new();
+    for frame in frames {
+        let joins = |group: &Vec<FrameSpec>| {
+            let (first, last) = (&group[0], &group[group.len() - 1]);
+            if alone || first.object != frame.object {
+                return false;
+            }
+            let near = frame.entry.offset <= last.entry.end() + LARGEST_GAP_BYTES;
+            near && frame.entry.end() - first.entry.offset <= longest
+        };
+        match groups.last_mut() {
+            Some(group) if joins(group) => group.push(frame),
+            _ => groups.push(vec![frame]),
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SnapshotId;
+    use crate::format::frame::{Codec, FrameEntry};
+    use crate::id::Hash;
+
+    fn frame(object: ObjectId, offset: u64, stored_bytes: u32) -> FrameSpec {
+        let hash = Hash([0; 32]);
+        FrameSpec {
+            object,
+            entry: FrameEntry { offset, stored_bytes, pages: 16, codec: Codec::Zstd, hash },
+        }
+    }
+
+    #[test]
+    fn neighbours_share_a_request_and_strangers_do_not() {
+        let one = ObjectId::WorkingSet(SnapshotId::random(), 1);
+        let other = ObjectId::WorkingSet(SnapshotId::random(), 1);
+        let frames = vec![
+            frame(one, 30_000, 10_000),
+            frame(one, 20_000, 10_000),
+            frame(one, 500_000, 10_000),
+            frame(other, 40_000, 10_000),
+        ];
+        let groups = merge(frames.clone(), false);
+        let sizes: Vec<_> = groups.iter().map(Vec::len).collect();
+        assert_eq!(sizes.iter().sum::<usize>(), 4);
+        assert_eq!(groups.len(), 3, "{sizes:?}");
+        assert!(groups.iter().any(|group| group.len() == 2 && group[0].entry.offset == 20_000));
+        assert_eq!(merge(frames, true).len(), 4);
+    }
+
+    #[test]
+    fn long_batches_make_long_requests_and_short_ones_are_spread() {
+        let object = ObjectId::WorkingSet(SnapshotId::random(), 1);
+        let batch = |count: u64| {
+            merge((0..count).map(|number| frame(object, number * 16_384, 16_384)).collect(), false)
+        };
+        assert_eq!(batch(8).len(), 1, "128 KiB are one request");
+        assert_eq!(batch(128).len(), 16, "2 MiB are spread");
+        assert_eq!(batch(8192).len(), 32, "128 MiB are requests of 4 MiB");
+    }
+}

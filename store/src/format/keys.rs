@@ -1,0 +1,110 @@
+//! Object keys. Their shapes are part of the collection protocol: see `docs/FORMAT.md`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{Error, Name, SnapshotId};
+
+/// The store's own record, create-only, written by `init`.
+pub const FORMAT: &str = "format";
+
+/// A pack, by the transaction that wrote it and its number there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PackId {
+    /// The transaction.
+    pub txn: SnapshotId,
+    /// Counted from 0 in the transaction.
+    pub number: u32,
+}
+
+impl PackId {
+    /// Its object key.
+    pub fn key(&self) -> String {
+        format!("pack/{self}")
+    }
+}
+
+impl fmt::Display for PackId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{:04}", self.txn, self.number)
+    }
+}
+
+impl FromStr for PackId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let wrong = || Error::invalid(text, "a pack id is <transaction>-<number>");
+        let (txn, number) = text.split_once('-').ok_or_else(wrong)?;
+        let id = Self { txn: txn.parse()?, number: number.parse().map_err(|_| wrong())? };
+        if id.to_string() == text { Ok(id) } else { Err(wrong()) }
+    }
+}
+
+impl serde::Serialize for PackId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for PackId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A packer at work.
+pub fn lease(txn: SnapshotId) -> String {
+    format!("lease/{txn}")
+}
+
+/// The page maps of a snapshot.
+pub fn manifest(txn: SnapshotId) -> String {
+    format!("manifest/{txn}")
+}
+
+/// The decision of a transaction.
+pub fn snap(txn: SnapshotId) -> String {
+    format!("snap/{txn}")
+}
+
+/// A snapshot is removed.
+pub fn tomb(txn: SnapshotId) -> String {
+    format!("tomb/{txn}")
+}
+
+/// The working sets of a snapshot.
+pub fn working_sets(txn: SnapshotId) -> String {
+    format!("ws/{txn}/")
+}
+
+/// One of them.
+pub fn working_set(txn: SnapshotId, sequence: u64) -> String {
+    format!("ws/{txn}/{sequence:012}")
+}
+
+/// The records of a name.
+pub fn refs(name: &Name) -> String {
+    format!("ref/{name}/")
+}
+
+/// One of them; the highest sequence wins.
+pub fn reference(name: &Name, sequence: u64) -> String {
+    format!("ref/{name}/{sequence:012}")
+}
+
+/// A node serves from a snapshot.
+pub fn pin(node: SnapshotId, txn: SnapshotId) -> String {
+    format!("pin/{node}/{txn}")
+}
+
+/// What follows the last `/` of a key, as a sequence number.
+pub fn sequence_of(key: &str) -> Option<u64> {
+    let digits = key.rsplit('/').next()?;
+    (digits.len() == 12).then(|| digits.parse().ok()).flatten()
+}
+
+/// What follows the last `/` of a key, as an id.
+pub fn id_of(key: &str) -> Option<SnapshotId> {
+    key.rsplit('/').next()?.parse().ok()
+}

@@ -1,0 +1,29 @@
+//! The content-addressed snapshot store.
+//!
+//! Start reading at [`Snapshot`]: it is the one deep interface, "give me these frames, at this
+//! urgency". [`Node`] opens snapshots, [`pack`] writes them, [`format`] is every stored byte.
+
+pub mod error;
+pub mod export;
+mod fetch;
+pub mod format;
+pub mod id;
+pub mod node;
+pub mod objects;
+pub mod pack;
+pub mod snapshot;
+pub mod store;
+pub mod verify;
+mod workers;
+pub mod working_set;
+
+pub use error::{Error, ErrorKind};
+pub use fetch::FetchCounters;
+pub use id::{Hash, Name, SnapshotId};
+pub use node::{Node, NodeConfig};
+pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
+pub use store::Store;
+pub use working_set::{Touch, WorkingSet, WorkingSetRun};
+
+/// Bytes in one page of a file: the unit of dedup, and of every page number in this crate.
+pub const PAGE_SIZE: usize = 4096;

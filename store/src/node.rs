@@ -1,0 +1,342 @@
+//! A node: one process that reads a store. Owns the I/O runtime, the decode threads and the cache.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::runtime::Runtime;
+
+use crate::fetch::disk::{DiskCache, Limits};
+use crate::fetch::{FetchCounters, Fetcher};
+use crate::format::{keys, record};
+use crate::store::{ListedWorkingSet, Store};
+use crate::workers::Workers;
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
+
+/// Pins are renewed this often; the collector never goes by their age, people may.
+const PIN_RENEWAL: Duration = Duration::from_secs(600);
+/// Threads of the I/O runtime: it moves bytes and waits, decoding is done elsewhere.
+const RUNTIME_THREADS: usize = 2;
+
+/// How a node is set up. Every bound is in bytes.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Where the store is: `file:///path`, `s3://bucket/prefix`, `gs://`, `az://`.
+    pub store_url: String,
+    /// Directory of the disk cache and of the node's identity. A local store is not copied into
+    /// it: its packs are on a disk of this machine already.
+    pub cache_dir: Option<PathBuf>,
+    /// Most bytes of the disk cache.
+    pub disk_cache_bytes: u64,
+    /// Bytes that the disk cache leaves free on its file system.
+    pub disk_free_floor_bytes: u64,
+    /// Most bytes of decoded frames kept in memory.
+    pub memory_cache_bytes: u64,
+}
+
+impl NodeConfig {
+    /// A short-lived reader without a disk cache, such as a command.
+    pub fn reader(store_url: &str) -> Self {
+        Self {
+            store_url: store_url.to_owned(),
+            cache_dir: None,
+            disk_cache_bytes: 0,
+            disk_free_floor_bytes: 0,
+            memory_cache_bytes: 64 << 20,
+        }
+    }
+}
+
+/// A node. Clones share everything.
+#[derive(Clone)]
+pub struct Node(Arc<Inner>);
+
+struct Inner {
+    /// Taken on drop, which may happen on a thread of its own.
+    runtime: Option<Runtime>,
+    id: SnapshotId,
+    store: Store,
+    fetcher: Fetcher,
+    snapshots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
+}
+
+/// An open snapshot, or one that is being opened or let go: one at a time.
+#[derive(Default)]
+struct Slot {
+    turn: tokio::sync::Mutex<()>,
+    snapshot: Mutex<Weak<Snapshot>>,
+}
+
+impl Node {
+    /// Opens the store and starts the threads. Waits for the store; call it outside the runtime.
+    pub fn start(config: &NodeConfig) -> Result<Self, Error> {
+        let local = |error| Error::local("starting threads", error);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(RUNTIME_THREADS)
+            .thread_name("store-io")
+            .enable_all()
+            .build()
+            .map_err(local)?;
+        let store = runtime.block_on(Store::open(&config.store_url))?;
+        let (id, disk) = match &config.cache_dir {
+            None => (SnapshotId::random(), None),
+            Some(directory) => {
+                std::fs::create_dir_all(directory)
+                    .map_err(|error| Error::local(directory.display(), error))?;
+                let disk = match store.objects().local_root() {
+                    Some(_) => None,
+                    None => Some(open_cache(directory, config)?),
+                };
+                (node_id(directory)?, disk)
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let workers = Workers::new(threads).map_err(local)?;
+        let fetcher = Fetcher::new(
+            store.objects().clone(),
+            runtime.handle().clone(),
+            workers,
+            disk,
+            config.memory_cache_bytes,
+        );
+        let snapshots = Mutex::default();
+        let node = Self(Arc::new(Inner { runtime: Some(runtime), id, store, fetcher, snapshots }));
+        let renewed = Arc::downgrade(&node.0);
+        node.spawn(async move {
+            loop {
+                tokio::time::sleep(PIN_RENEWAL).await;
+                let Some(inner) = renewed.upgrade() else {
+                    return;
+                };
+                Self(inner).renew_pins().await;
+            }
+        });
+        Ok(node)
+    }
+
+    /// Runs `task` on the node's I/O runtime.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.runtime().spawn(task);
+    }
+
+    /// Runs `task` to its end on this thread, which must not belong to the runtime.
+    pub fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
+        self.runtime().block_on(task)
+    }
+
+    fn runtime(&self) -> &Runtime {
+        self.0.runtime.as_ref().expect("the runtime is there until the last node is dropped")
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    /// This node's id, as in its pins.
+    pub fn id(&self) -> SnapshotId {
+        self.0.id
+    }
+
+    /// What the fetch path has done.
+    pub fn counters(&self) -> &FetchCounters {
+        self.0.fetcher.counters()
+    }
+
+    /// Bytes of decoded frames in memory, and of the disk cache.
+    pub fn cached_bytes(&self) -> (u64, u64) {
+        (self.0.fetcher.memory_bytes(), self.0.fetcher.disk().map_or(0, DiskCache::bytes))
+    }
+
+    /// The snapshot `id` if it is open on this node already. Never waits.
+    pub fn opened(&self, id: SnapshotId) -> Option<Arc<Snapshot>> {
+        self.0.snapshots.lock().get(&id).and_then(|slot| slot.snapshot.lock().upgrade())
+    }
+
+    /// Opens a snapshot by id: pins it, checks that it is not removed, reads its manifest. A
+    /// snapshot that is open is returned at once.
+    pub async fn open_id(&self, id: SnapshotId) -> Result<Arc<Snapshot>, Error> {
+        if let Some(snapshot) = self.opened(id) {
+            return Ok(snapshot);
+        }
+        let slot = self.0.snapshots.lock().entry(id).or_default().clone();
+        let turn = slot.turn.lock().await;
+        if let Some(snapshot) = self.opened(id) {
+            return Ok(snapshot);
+        }
+        let opened = self.read_pinned(id).await;
+        match &opened {
+            Ok(snapshot) => *slot.snapshot.lock() = Arc::downgrade(snapshot),
+            Err(_) => {
+                self.0.snapshots.lock().remove(&id);
+            }
+        }
+        drop(turn);
+        opened
+    }
+
+    async fn read_pinned(&self, id: SnapshotId) -> Result<Arc<Snapshot>, Error> {
+        let store = &self.0.store;
+        let pin = keys::pin(self.0.id, id);
+        let marker = record::seal(&store.marker(id, self.0.id));
+        let (pinned, read) =
+            futures::join!(store.objects().overwrite(&pin, marker), store.read_snapshot(id));
+        let opened = async {
+            let (commit, manifest) = read?;
+            pinned?;
+            // Only now: a collector that saw no pin has written its tomb where we see it.
+            if store.is_removed(id).await? {
+                return Err(Error::not_found(id, "the snapshot was removed"));
+            }
+            Ok(Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest)))
+        };
+        let opened = opened.await;
+        if opened.is_err() {
+            // A pin that stays would only keep a removed snapshot's bytes a little longer.
+            store.objects().delete(&pin).await.unwrap_or_default();
+        }
+        opened
+    }
+
+    /// What `name` stands for now (asks the store).
+    pub async fn resolve(&self, name: &Name) -> Result<SnapshotId, Error> {
+        self.0.store.resolve(name).await
+    }
+
+    /// Opens what `name` stands for now.
+    pub async fn open_name(&self, name: &Name) -> Result<Arc<Snapshot>, Error> {
+        let opened = self.open_id(self.resolve(name).await?).await;
+        opened.map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::not_found(name, error),
+            _ => error,
+        })
+    }
+
+    /// All names in the store and what they stand for.
+    pub async fn names(&self) -> Result<Vec<(Name, SnapshotId)>, Error> {
+        let names = self.0.store.names().await?;
+        Ok(names.into_iter().map(|named| (named.name, named.snapshot)).collect())
+    }
+
+    /// Ids of all snapshots in the store that exist (committed, not removed).
+    pub async fn ids(&self) -> Result<Vec<SnapshotId>, Error> {
+        self.0.store.ids().await
+    }
+
+    /// The newest usable working set of `snapshot`, if there is one. A damaged or foreign one is
+    /// passed over with a warning: it costs speed, never correctness.
+    pub async fn working_set(
+        &self,
+        snapshot: &Arc<Snapshot>,
+    ) -> Result<Option<Arc<WorkingSet>>, Error> {
+        for listed in self.0.store.working_sets(snapshot.id()).await? {
+            match self.open_working_set(snapshot, listed).await {
+                Ok(set) => return Ok(Some(set)),
+                Err(error) => tracing::warn!("working set is not used: {error}"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// One working set of `snapshot`.
+    pub async fn open_working_set(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        listed: ListedWorkingSet,
+    ) -> Result<Arc<WorkingSet>, Error> {
+        let key = keys::working_set(snapshot.id(), listed.sequence);
+        let header = self.0.store.working_set_header(snapshot.id(), listed).await?;
+        let ours =
+            header.snapshot == snapshot.id() && header.manifest_hash == snapshot.manifest_hash();
+        if !ours {
+            return Err(Error::damaged(key, "was recorded from another snapshot"));
+        }
+        let files = snapshot.files();
+        let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
+            let file = files.get(run.file as usize);
+            file.is_some_and(|file| run.first_page + u64::from(run.pages) <= file.page_count())
+        });
+        if !inside {
+            return Err(Error::damaged(key, "has pages outside its files"));
+        }
+        let (sequence, bytes) = (listed.sequence, listed.stored_bytes);
+        Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
+    }
+
+    /// Packs the touched pages of a recording, in order, and publishes them; answers with the
+    /// sequence number.
+    pub async fn publish_working_set(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        touches: &[Touch],
+    ) -> Result<u64, Error> {
+        let id = snapshot.id();
+        let chunks = working_set::build(snapshot, touches).await?;
+        let object = |sequence| (keys::working_set(id, sequence), chunks.clone());
+        self.0.store.create_next(&keys::working_sets(id), object).await
+    }
+
+    /// Gives up the pins of snapshots that nobody has open, and renews the others.
+    async fn renew_pins(&self) {
+        let slots: Vec<_> =
+            self.0.snapshots.lock().iter().map(|(id, slot)| (*id, slot.clone())).collect();
+        for (id, slot) in slots {
+            let turn = slot.turn.lock().await;
+            let open = slot.snapshot.lock().strong_count() > 0;
+            let objects = self.0.store.objects();
+            let pin = keys::pin(self.0.id, id);
+            let done = if open {
+                objects.overwrite(&pin, record::seal(&self.0.store.marker(id, self.0.id))).await
+            } else {
+                self.0.snapshots.lock().remove(&id);
+                objects.delete(&pin).await
+            };
+            drop(turn);
+            if let Err(error) = done {
+                tracing::warn!("pin {pin}: {error}");
+            }
+        }
+    }
+
+    /// Gives up all pins; snapshots that are still open must not be used after it.
+    pub async fn release_pins(&self) {
+        let ids: Vec<_> = self.0.snapshots.lock().drain().map(|(id, _)| id).collect();
+        for id in ids {
+            let pin = keys::pin(self.0.id, id);
+            if let Err(error) = self.0.store.objects().delete(&pin).await {
+                tracing::warn!("pin {pin}: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Never waits: the last clone may be dropped on a thread of the runtime itself.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn open_cache(directory: &Path, config: &NodeConfig) -> Result<DiskCache, Error> {
+    let limits =
+        Limits { bytes: config.disk_cache_bytes, free_floor: config.disk_free_floor_bytes };
+    DiskCache::open(&directory.join("frames"), limits)
+}
+
+/// The random id of the node that uses this directory, made at first use.
+fn node_id(directory: &Path) -> Result<SnapshotId, Error> {
+    let path = directory.join("node");
+    if let Ok(text) = std::fs::read_to_string(&path)
+        && let Ok(node) = text.trim().parse()
+    {
+        return Ok(node);
+    }
+    let node = SnapshotId::random();
+    std::fs::write(&path, format!("{node}\n"))
+        .map_err(|error| Error::local(path.display(), error))?;
+    Ok(node)
+}

@@ -1,0 +1,108 @@
+//! Packs in the making: frames are collected, the footer is added, and the object is uploaded
+//! while the next pack fills.
+
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+
+use super::transaction::Transaction;
+use crate::format::frame::FrameEntry;
+use crate::format::keys::PackId;
+use crate::format::manifest::PackedFrame;
+use crate::format::pack::{self, Footer, HEADER_BYTES};
+use crate::format::record::PackRef;
+use crate::id::Hash;
+use crate::{Error, PAGE_SIZE};
+
+/// A pack is closed when it is this long. Two are in memory at once: one fills, one is on its way.
+const PACK_BYTES: u64 = 32 << 20;
+/// Or when it has this many pages, because their ids are in memory and in its footer.
+const PACK_PAGES: usize = 1 << 17;
+
+pub(super) struct PackWriter<'a> {
+    transaction: &'a Transaction<'a>,
+    finished: Vec<PackRef>,
+    uploading: Option<JoinHandle<Result<(), Error>>>,
+    open: OpenPack,
+}
+
+/// The pack that is being filled.
+struct OpenPack {
+    id: PackId,
+    chunks: Vec<Bytes>,
+    bytes: u64,
+    hasher: blake3::Hasher,
+    footer: Footer,
+}
+
+impl OpenPack {
+    fn new(id: PackId) -> Self {
+        let header = pack::header(id);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&header);
+        let bytes = HEADER_BYTES as u64;
+        Self { id, chunks: vec![header.into()], bytes, hasher, footer: Footer::default() }
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        self.hasher.update(&chunk);
+        self.bytes += chunk.len() as u64;
+        self.chunks.push(chunk);
+    }
+}
+
+impl<'a> PackWriter<'a> {
+    pub(super) fn new(transaction: &'a Transaction<'a>) -> Self {
+        let open = OpenPack::new(PackId { txn: transaction.id(), number: 0 });
+        Self { transaction, finished: Vec::new(), uploading: None, open }
+    }
+
+    /// Appends a frame; answers with its place.
+    pub(super) fn append(
+        &mut self,
+        entry: FrameEntry,
+        stored: Bytes,
+        page_ids: &[Hash],
+    ) -> Result<PackedFrame, Error> {
+        debug_assert_eq!(entry.decoded_bytes(), page_ids.len() * PAGE_SIZE);
+        let pack = self.open.id.number;
+        let entry = FrameEntry { offset: self.open.bytes, ..entry };
+        self.open.push(stored);
+        self.open.footer.frames.push(entry);
+        self.open.footer.page_ids.extend_from_slice(page_ids);
+        if self.open.bytes >= PACK_BYTES || self.open.footer.page_ids.len() >= PACK_PAGES {
+            self.close_pack()?;
+        }
+        Ok(PackedFrame { pack, entry })
+    }
+
+    /// Uploads what is left; answers with all packs.
+    pub(super) fn finish(mut self) -> Result<Vec<PackRef>, Error> {
+        if !self.open.footer.frames.is_empty() {
+            self.close_pack()?;
+        }
+        self.wait_for_upload()?;
+        Ok(self.finished)
+    }
+
+    fn close_pack(&mut self) -> Result<(), Error> {
+        let next = PackId { number: self.open.id.number + 1, ..self.open.id };
+        let mut pack = std::mem::replace(&mut self.open, OpenPack::new(next));
+        pack.push(pack::footer_and_trailer(pack.id, &pack.footer, pack.bytes).into());
+        let hash = Hash(*pack.hasher.finalize().as_bytes());
+        self.finished.push(PackRef { pack: pack.id, bytes: pack.bytes, hash });
+        self.wait_for_upload()?;
+        let objects = self.transaction.store().objects().clone();
+        self.uploading = Some(
+            self.transaction
+                .runtime()
+                .spawn(async move { objects.create(&pack.id.key(), &pack.chunks).await }),
+        );
+        Ok(())
+    }
+
+    fn wait_for_upload(&mut self) -> Result<(), Error> {
+        let Some(uploading) = self.uploading.take() else { return Ok(()) };
+        let outcome = self.transaction.runtime().block_on(uploading);
+        outcome.map_err(|error| Error::local("uploading a pack", error))?
+    }
+}

@@ -1,0 +1,224 @@
+//! The opened snapshot: "give me these frames, at this urgency".
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+
+use crate::fetch::{Fetcher, FrameSpec, ObjectId};
+use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
+use crate::format::record::Commit;
+use crate::id::Hash;
+use crate::{Error, PAGE_SIZE, SnapshotId};
+
+/// What a file of a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FileKind {
+    /// Guest memory.
+    Memory,
+    /// Device state, opaque to us.
+    State,
+    /// A disk image.
+    Disk,
+}
+
+/// A file of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct File {
+    /// `memory`, `state`, or the disk's name; unique in the snapshot.
+    pub name: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Length in bytes; need not be a multiple of a page.
+    pub size: u64,
+}
+
+impl File {
+    /// Length in pages; the last may be only partly inside the file.
+    pub fn page_count(&self) -> u64 {
+        self.size.div_ceil(PAGE_SIZE as u64)
+    }
+}
+
+/// A frame of the snapshot, by its position in the manifest's frame table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrameIndex(pub u32);
+
+/// Where a run of file pages comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Zero bytes; nothing is stored.
+    Zero,
+    /// Consecutive pages of a frame, from `position` on.
+    Frame {
+        /// Which frame.
+        frame: FrameIndex,
+        /// Page number within the frame.
+        position: u32,
+    },
+}
+
+/// A run of file pages with one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// How many pages, at least one.
+    pub pages: u64,
+    /// Where they come from.
+    pub source: Source,
+}
+
+/// Whether somebody waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Urgency {
+    /// Ahead of need; gives way to demand at every stage.
+    Prefetch,
+    /// A fault or a read waits for it.
+    Demand,
+}
+
+/// Decoded bytes of a frame that have been verified; whole pages. Only the fetch path makes them.
+#[derive(Clone)]
+pub struct Frame(Bytes);
+
+impl Frame {
+    /// `decoded` must have been compared with its hash.
+    pub(crate) fn new(decoded: Vec<u8>) -> Self {
+        Self(Bytes::from(decoded))
+    }
+
+    /// How many pages it holds.
+    pub fn page_count(&self) -> u32 {
+        u32::try_from(self.0.len() / PAGE_SIZE).unwrap_or(u32::MAX)
+    }
+
+    /// The bytes of `count` pages from `position` on. Panics outside the frame.
+    pub fn pages(&self, position: u32, count: u32) -> &[u8] {
+        &self.0[position as usize * PAGE_SIZE..][..count as usize * PAGE_SIZE]
+    }
+
+    pub(crate) fn byte_count(&self) -> u64 {
+        self.0.len() as u64
+    }
+}
+
+/// An opened snapshot. While it is open it is pinned: collection leaves its objects alone.
+pub struct Snapshot {
+    fetcher: Fetcher,
+    commit: Commit,
+    facts: Facts,
+    files: Vec<File>,
+    runs: Vec<Vec<Run>>,
+    data_pages: Vec<u64>,
+    frames: Vec<FrameSpec>,
+}
+
+impl Snapshot {
+    /// `manifest` must be the one that `commit` names by hash.
+    pub(crate) fn new(fetcher: Fetcher, commit: Commit, manifest: Manifest) -> Self {
+        let Manifest { facts, packs, frames, files, .. } = manifest;
+        let frames = frames
+            .into_iter()
+            .map(|frame| FrameSpec {
+                object: ObjectId::Pack(packs[frame.pack as usize].0),
+                entry: frame.entry,
+            })
+            .collect();
+        let (files, runs): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        let data = |runs: &Vec<Run>| {
+            runs.iter().filter(|run| run.frame != ZERO_FRAME).map(|run| u64::from(run.pages)).sum()
+        };
+        let data_pages = runs.iter().map(data).collect();
+        Self { fetcher, commit, facts, files, runs, data_pages, frames }
+    }
+
+    /// The snapshot's id.
+    pub fn id(&self) -> SnapshotId {
+        self.commit.snapshot
+    }
+
+    /// When it was committed.
+    pub fn created(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.commit.created_unix_ms)
+    }
+
+    /// Its commit record.
+    pub fn commit(&self) -> &Commit {
+        &self.commit
+    }
+
+    /// What a restore must match.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Its files; memory first, then state, then disks.
+    pub fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    /// Pages of file number `file` that are not zero.
+    pub fn data_pages(&self, file: usize) -> u64 {
+        self.data_pages[file]
+    }
+
+    /// The longest known run at `page` of file number `file`; `None` at or after the end of file.
+    /// Pure lookup, microseconds, no I/O.
+    pub fn extent(&self, file: usize, page: u64) -> Option<Extent> {
+        let page = u32::try_from(page).ok()?;
+        let runs = self.runs.get(file)?;
+        let after = runs.partition_point(|run| run.first_page <= page);
+        let run = runs[..after].last()?;
+        let skipped = page - run.first_page;
+        let pages = u64::from(run.pages.checked_sub(skipped).filter(|pages| *pages > 0)?);
+        let source = match run.frame {
+            ZERO_FRAME => Source::Zero,
+            frame => Source::Frame { frame: FrameIndex(frame), position: run.position + skipped },
+        };
+        Some(Extent { pages, source })
+    }
+
+    /// The frame, if it is decoded in memory now. Never waits.
+    pub fn cached(&self, frame: FrameIndex) -> Option<Frame> {
+        self.fetcher.cached(&self.frames[frame.0 as usize].key())
+    }
+
+    /// Brings `frames` (any order, duplicates allowed) and calls `done` once for each distinct
+    /// one: at once on this thread where the frame is in memory, else later on a decode thread.
+    /// Never waits for the network or a disk. Neighbours in a pack are merged into one request.
+    /// `Demand` for a frame that is being prefetched promotes it.
+    ///
+    /// `done` gets an error of kind [`Damaged`](crate::ErrorKind::Damaged) where stored bytes do
+    /// not match their hash even after a second read, of kind
+    /// [`Unreachable`](crate::ErrorKind::Unreachable) where the store did not answer for 60 s.
+    pub fn fetch(
+        self: &Arc<Self>,
+        frames: &[FrameIndex],
+        urgency: Urgency,
+        done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static,
+    ) {
+        let mut distinct: Vec<usize> = frames.iter().map(|frame| frame.0 as usize).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let wanted = distinct.into_iter().map(|index| (self.frames[index], index));
+        let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
+        self.fetcher.fetch(
+            wanted,
+            urgency,
+            &(Arc::new(move |tag, frame| done(index(tag), frame)) as _),
+        );
+    }
+
+    pub(crate) fn fetcher(&self) -> &Fetcher {
+        &self.fetcher
+    }
+
+    pub(crate) fn manifest_hash(&self) -> Hash {
+        self.commit.manifest_hash
+    }
+
+    /// How many frames it refers to.
+    pub fn frame_count(&self) -> u32 {
+        u32::try_from(self.frames.len()).unwrap_or(u32::MAX)
+    }
+}

@@ -1,0 +1,312 @@
+//! The store's records: names, commits, removals, manifests.
+
+use std::collections::BTreeMap;
+
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::format::keys;
+use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest};
+use crate::format::record::{
+    self, Commit, Decision, MAX_RECORD_BYTES, Marker, Reference, StoreRecord, VERSION,
+};
+use crate::format::working_set::{self, Header, PRELUDE_BYTES};
+use crate::id::Hash;
+use crate::objects::Objects;
+use crate::{Error, ErrorKind, Name, SnapshotId};
+
+/// Records that are read at the same time when many are.
+const PARALLEL_READS: usize = 32;
+/// How often a create-only sequence is tried when others create in it too.
+const SEQUENCE_TRIES: usize = 16;
+/// What is read of a working set at once: the header of any set up to some 10,000 runs.
+const FIRST_READ_BYTES: u64 = 256 << 10;
+
+/// An opened store. Clones share connections.
+#[derive(Clone)]
+pub struct Store {
+    objects: Objects,
+    record: StoreRecord,
+}
+
+/// A name and what it stands for.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// The name.
+    pub name: Name,
+    /// What it stands for.
+    pub snapshot: SnapshotId,
+    /// Since when, milliseconds since 1970.
+    pub since_unix_ms: u64,
+}
+
+/// A working set in a listing.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ListedWorkingSet {
+    /// Its sequence; the highest usable one serves.
+    pub sequence: u64,
+    /// Bytes of its object.
+    pub stored_bytes: u64,
+}
+
+impl Store {
+    /// Makes a store at `url`, which must be empty. A local directory is made.
+    pub async fn init(url: &str) -> Result<Self, Error> {
+        let objects = Objects::connect(url, true)?;
+        if objects.exists(keys::FORMAT).await? {
+            return Err(Error::exists(url, "is a store already"));
+        }
+        let stray = objects.local_root().is_some_and(|root| {
+            std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some())
+        });
+        if stray || objects.any().await? {
+            return Err(Error::refused(url, "is not empty: choose an empty place for a new store"));
+        }
+        let record = StoreRecord {
+            version: VERSION,
+            store: SnapshotId::random(),
+            created_unix_ms: record::now_unix_ms(),
+        };
+        objects.create(keys::FORMAT, &[record::seal(&record).into()]).await?;
+        Ok(Self { objects, record })
+    }
+
+    /// Opens the store at `url`.
+    pub async fn open(url: &str) -> Result<Self, Error> {
+        let objects = Objects::connect(url, false)?;
+        let record: StoreRecord = match read_record(&objects, keys::FORMAT).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let remedy =
+                    "is not a store (it has no 'format' object): make one with 'reap-pack init'";
+                return Err(Error::not_found(url, remedy));
+            }
+            other => other?,
+        };
+        if record.version != VERSION {
+            let text = format!(
+                "has format version {}, this program reads version {VERSION}",
+                record.version
+            );
+            return Err(Error::refused(url, text));
+        }
+        Ok(Self { objects, record })
+    }
+
+    /// The store's random id.
+    pub fn id(&self) -> SnapshotId {
+        self.record.store
+    }
+
+    /// Its objects.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// What `name` stands for.
+    pub async fn resolve(&self, name: &Name) -> Result<SnapshotId, Error> {
+        let newest = self.newest_sequence(&keys::refs(name)).await?;
+        let missing = || {
+            let text = "there is no snapshot of this name: 'reap-pack ls' lists them";
+            Error::not_found(name, text)
+        };
+        let sequence = newest.ok_or_else(missing)?;
+        Ok(self.reference(name, sequence).await?.snapshot)
+    }
+
+    async fn reference(&self, name: &Name, sequence: u64) -> Result<Reference, Error> {
+        let key = keys::reference(name, sequence);
+        let reference: Reference = read_record(&self.objects, &key).await?;
+        if reference.name != name.as_str() || reference.sequence != sequence {
+            return Err(Error::damaged(key, "belongs to another name"));
+        }
+        Ok(reference)
+    }
+
+    /// All names and what they stand for, removed snapshots left out; by name.
+    pub async fn names(&self) -> Result<Vec<Named>, Error> {
+        let (refs, removed) =
+            futures::try_join!(self.objects.list("ref/"), self.ids_under("tomb/"))?;
+        let mut newest = BTreeMap::new();
+        for object in refs {
+            let mut parts = object.key.splitn(3, '/').skip(1);
+            let name = parts.next().and_then(|name| name.parse::<Name>().ok());
+            let (Some(name), Some(sequence)) = (name, keys::sequence_of(&object.key)) else {
+                return Err(Error::damaged(object.key, "is not a key that this program knows"));
+            };
+            newest.insert(name, sequence);
+        }
+        let named = futures::stream::iter(newest)
+            .map(|(name, sequence)| async move {
+                let reference = self.reference(&name, sequence).await?;
+                let (snapshot, since_unix_ms) = (reference.snapshot, reference.created_unix_ms);
+                Ok::<_, Error>(Named { name, snapshot, since_unix_ms })
+            })
+            .buffered(PARALLEL_READS)
+            .try_collect::<Vec<_>>()
+            .await?;
+        let kept = |named: &Named| removed.binary_search(&named.snapshot).is_err();
+        Ok(named.into_iter().filter(kept).collect())
+    }
+
+    /// Ids of all snapshots that exist: decided (to commit, for all that a listing tells) and not
+    /// removed.
+    pub async fn ids(&self) -> Result<Vec<SnapshotId>, Error> {
+        let (decided, removed) =
+            futures::try_join!(self.ids_under("snap/"), self.ids_under("tomb/"))?;
+        Ok(decided.into_iter().filter(|id| removed.binary_search(id).is_err()).collect())
+    }
+
+    async fn ids_under(&self, prefix: &str) -> Result<Vec<SnapshotId>, Error> {
+        let objects = self.objects.list(prefix).await?;
+        let unknown = |key: &str| Error::damaged(key, "is not a key that this program knows");
+        let mut ids = objects
+            .iter()
+            .map(|object| keys::id_of(&object.key).ok_or_else(|| unknown(&object.key)))
+            .collect::<Result<Vec<_>, _>>()?;
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// The commit record of a snapshot, removed or not.
+    pub async fn commit(&self, id: SnapshotId) -> Result<Commit, Error> {
+        let key = keys::snap(id);
+        match read_record(&self.objects, &key).await {
+            Ok(Decision::Commit(commit)) if commit.snapshot == id => Ok(*commit),
+            Ok(Decision::Commit(_)) => Err(Error::damaged(key, "belongs to another snapshot")),
+            Ok(Decision::Abort(abort)) => {
+                let text = format!("was given up while it was packed: {}", abort.reason);
+                Err(Error::not_found(id, text))
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(Error::not_found(id, "there is no such snapshot"))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether a snapshot is removed.
+    pub async fn is_removed(&self, id: SnapshotId) -> Result<bool, Error> {
+        self.objects.exists(&keys::tomb(id)).await
+    }
+
+    /// Commit record and manifest of a snapshot, read at the same time.
+    pub(crate) async fn read_snapshot(&self, id: SnapshotId) -> Result<(Commit, Manifest), Error> {
+        let key = keys::manifest(id);
+        let (commit, object) =
+            futures::join!(self.commit(id), self.objects.get(&key, MAX_MANIFEST_BYTES));
+        let commit = commit?;
+        let object = object?;
+        if Hash::of(&object) != commit.manifest_hash {
+            return Err(Error::damaged(key, "does not match the hash in its commit record"));
+        }
+        let manifest = manifest::decode(&object).map_err(|why| Error::damaged(&key, why))?;
+        let same_packs = manifest.packs.len() == commit.packs.len()
+            && manifest.packs.iter().zip(&commit.packs).all(|((pack, bytes), reference)| {
+                (*pack, *bytes) == (reference.pack, reference.bytes)
+            });
+        if manifest.snapshot != id || !same_packs {
+            return Err(Error::damaged(key, "does not belong to its commit record"));
+        }
+        Ok((commit, manifest))
+    }
+
+    /// Makes `name` stand for `snapshot` from now on; answers with the record's sequence.
+    pub async fn tag(&self, name: &Name, snapshot: SnapshotId) -> Result<u64, Error> {
+        let nonce = SnapshotId::random();
+        self.create_next(&keys::refs(name), |sequence| {
+            let reference = Reference {
+                name: name.to_string(),
+                sequence,
+                snapshot,
+                nonce,
+                created_unix_ms: record::now_unix_ms(),
+            };
+            (keys::reference(name, sequence), vec![record::seal(&reference).into()])
+        })
+        .await
+    }
+
+    /// Removes a snapshot, for ever: its names are no more, and collection may take its packs.
+    /// Nodes that serve from it go on.
+    pub async fn remove(&self, id: SnapshotId, node: SnapshotId) -> Result<(), Error> {
+        let marker = self.marker(id, node);
+        match self.objects.create(&keys::tomb(id), &[record::seal(&marker).into()]).await {
+            Err(error) if error.kind() == ErrorKind::Exists => Ok(()),
+            other => other,
+        }
+    }
+
+    /// A marker about `snapshot`, by `node`, now.
+    pub(crate) fn marker(&self, snapshot: SnapshotId, node: SnapshotId) -> Marker {
+        let nonce = SnapshotId::random();
+        Marker { snapshot, node, nonce, written_unix_ms: record::now_unix_ms() }
+    }
+
+    /// The working sets of a snapshot, newest first.
+    pub async fn working_sets(&self, id: SnapshotId) -> Result<Vec<ListedWorkingSet>, Error> {
+        let objects = self.objects.list(&keys::working_sets(id)).await?;
+        let listed = objects.iter().rev().filter_map(|object| {
+            let sequence = keys::sequence_of(&object.key)?;
+            Some(ListedWorkingSet { sequence, stored_bytes: object.bytes })
+        });
+        Ok(listed.collect())
+    }
+
+    /// The header of a working set.
+    pub(crate) async fn working_set_header(
+        &self,
+        id: SnapshotId,
+        listed: ListedWorkingSet,
+    ) -> Result<Header, Error> {
+        let key = keys::working_set(id, listed.sequence);
+        let damaged = |why: crate::format::Malformed| Error::damaged(&key, why);
+        let first = listed.stored_bytes.min(FIRST_READ_BYTES);
+        let mut bytes = self.objects.get_range(&key, 0..first, false).await?;
+        if bytes.len() < PRELUDE_BYTES {
+            return Err(Error::damaged(&key, "is truncated"));
+        }
+        let end = working_set::header_end(&bytes[..PRELUDE_BYTES]).map_err(damaged)?;
+        if end > listed.stored_bytes {
+            return Err(Error::damaged(&key, "is truncated"));
+        }
+        if end > bytes.len() as u64 {
+            bytes = self.objects.get_range(&key, 0..end, false).await?;
+        }
+        let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
+        working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)
+    }
+
+    /// Creates the next object of a create-only sequence; `object` gives key and chunks for a
+    /// sequence number.
+    pub(crate) async fn create_next(
+        &self,
+        prefix: &str,
+        object: impl Fn(u64) -> (String, Vec<bytes::Bytes>),
+    ) -> Result<u64, Error> {
+        for _ in 0..SEQUENCE_TRIES {
+            let sequence = self.newest_sequence(prefix).await?.map_or(1, |newest| newest + 1);
+            let (key, chunks) = object(sequence);
+            match self.objects.create(&key, &chunks).await {
+                Ok(()) => return Ok(sequence),
+                Err(error) if error.kind() == ErrorKind::Exists => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::refused(prefix, "others write to it all the time: try again"))
+    }
+
+    async fn newest_sequence(&self, prefix: &str) -> Result<Option<u64>, Error> {
+        let objects = self.objects.list(prefix).await?;
+        Ok(objects.iter().filter_map(|object| keys::sequence_of(&object.key)).max())
+    }
+}
+
+/// Reads a sealed record.
+pub(crate) async fn read_record<T: DeserializeOwned>(
+    objects: &Objects,
+    key: &str,
+) -> Result<T, Error> {
+    let bytes = objects.get(key, MAX_RECORD_BYTES).await?;
+    record::unseal(&bytes).map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
+}

@@ -1,0 +1,181 @@
+//! Reading everything that a snapshot consists of, and saying what is wrong.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use futures::StreamExt;
+
+use crate::format::manifest::Manifest;
+use crate::format::record::PackRef;
+use crate::format::{Malformed, frame, keys, pack, require, working_set};
+use crate::id::Hash;
+use crate::store::Store;
+use crate::{Error, ErrorKind, SnapshotId};
+
+/// Packs that are in memory at once.
+const PARALLEL_PACKS: usize = 2;
+/// Longest working set that is read.
+const MAX_WORKING_SET_BYTES: u64 = 2 << 30;
+
+/// What a verification read and found.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Report {
+    /// Snapshots that were looked at.
+    pub snapshots: u64,
+    /// Packs read, hashed and decoded.
+    pub packs: u64,
+    /// Frames decoded and compared with their hashes.
+    pub frames: u64,
+    /// Working sets decoded.
+    pub working_sets: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// A line for each snapshot or pack that cannot be restored as it was packed.
+    pub problems: Vec<String>,
+    /// A line for each damaged working set: it costs speed only.
+    pub warnings: Vec<String>,
+}
+
+/// Reads every object of `snapshots`, each pack once. Errors only when the store cannot be asked.
+pub async fn verify(store: &Store, snapshots: &[SnapshotId]) -> Result<Report, Error> {
+    let mut report = Report::default();
+    let mut seen = HashSet::new();
+    for id in snapshots {
+        report.snapshots += 1;
+        let (commit, manifest) = match store.read_snapshot(*id).await {
+            Ok(read) => read,
+            Err(error) if is_finding(&error) => {
+                report.problems.push(format!("snapshot {id}: {error}"));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let manifest = Arc::new(manifest);
+        let unseen: Vec<_> = commit
+            .packs
+            .into_iter()
+            .enumerate()
+            .filter(|(_, pack)| seen.insert(pack.pack))
+            .collect();
+        let mut checks = futures::stream::iter(unseen)
+            .map(|(number, reference)| check_pack(store, number, reference, manifest.clone()))
+            .buffer_unordered(PARALLEL_PACKS);
+        while let Some(checked) = checks.next().await {
+            match checked? {
+                Ok((frames, bytes)) => {
+                    report.packs += 1;
+                    report.frames += frames;
+                    report.bytes += bytes;
+                }
+                Err(problem) => report.problems.push(format!("snapshot {id}: {problem}")),
+            }
+        }
+        check_working_sets(store, *id, commit.manifest_hash, &mut report).await?;
+    }
+    Ok(report)
+}
+
+/// Whether an error says something of the snapshot, rather than of the way to the store.
+fn is_finding(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Damaged)
+}
+
+/// Frames and bytes read, or what is wrong.
+type Checked = Result<(u64, u64), Error>;
+
+async fn check_pack(
+    store: &Store,
+    number: usize,
+    reference: PackRef,
+    manifest: Arc<Manifest>,
+) -> Result<Checked, Error> {
+    let key = reference.pack.key();
+    let object = match store.objects().get(&key, pack::MAX_PACK_BYTES).await {
+        Ok(object) => object,
+        Err(error) if is_finding(&error) => return Ok(Err(error)),
+        Err(error) => return Err(error),
+    };
+    let bytes = object.len() as u64;
+    let check = move || decode_pack(number, &reference, &manifest, &object);
+    let checked = tokio::task::spawn_blocking(check).await;
+    let checked = checked.map_err(|error| Error::local(&key, error))?;
+    Ok(checked.map(|frames| (frames, bytes)).map_err(|why| Error::damaged(key, why)))
+}
+
+fn decode_pack(
+    number: usize,
+    reference: &PackRef,
+    manifest: &Manifest,
+    object: &[u8],
+) -> Result<u64, Malformed> {
+    require(object.len() as u64 == reference.bytes, "it has the wrong length")?;
+    require(Hash::of(object) == reference.hash, "it does not match its hash")?;
+    let header = object.get(..pack::HEADER_BYTES).ok_or("it is truncated")?;
+    pack::check_header(reference.pack, header)?;
+    let trailer_at = object.len().checked_sub(pack::TRAILER_BYTES).ok_or("it is truncated")?;
+    let range = pack::footer_range(&object[trailer_at..], reference.bytes)?;
+    let at = usize::try_from(range.start).map_err(|_| Malformed::from("it is too long"))?;
+    let footer = pack::read_footer(reference.pack, range.start, &object[at..])?;
+    let mut page_ids = footer.page_ids.iter();
+    for entry in &footer.frames {
+        let from = usize::try_from(entry.offset).map_err(|_| Malformed::from("it is too long"))?;
+        let decoded = frame::decode(entry, &object[from..from + entry.stored_bytes as usize])?;
+        for page in decoded.chunks_exact(crate::PAGE_SIZE) {
+            require(page_ids.next() == Some(&Hash::of(page)), "a page does not match its id")?;
+        }
+    }
+    let listed: HashSet<(u64, Hash)> =
+        footer.frames.iter().map(|entry| (entry.offset, entry.hash)).collect();
+    let known = manifest
+        .frames
+        .iter()
+        .filter(|frame| frame.pack as usize == number)
+        .all(|frame| listed.contains(&(frame.entry.offset, frame.entry.hash)));
+    require(known, "it lacks a frame of the manifest")?;
+    Ok(footer.frames.len() as u64)
+}
+
+async fn check_working_sets(
+    store: &Store,
+    id: SnapshotId,
+    manifest_hash: Hash,
+    report: &mut Report,
+) -> Result<(), Error> {
+    for listed in store.working_sets(id).await? {
+        let key = keys::working_set(id, listed.sequence);
+        let object = store.objects().get(&key, MAX_WORKING_SET_BYTES).await?;
+        let check = move || decode_working_set(id, manifest_hash, &object);
+        let checked = tokio::task::spawn_blocking(check).await;
+        match checked.map_err(|error| Error::local(&key, error))? {
+            Ok(frames) => {
+                report.working_sets += 1;
+                report.frames += frames;
+                report.bytes += listed.stored_bytes;
+            }
+            Err(why) => report.warnings.push(format!("{key}: {why}")),
+        }
+    }
+    Ok(())
+}
+
+fn decode_working_set(
+    id: SnapshotId,
+    manifest_hash: Hash,
+    object: &[u8],
+) -> Result<u64, Malformed> {
+    let prelude = object.get(..working_set::PRELUDE_BYTES).ok_or("it is truncated")?;
+    let end = usize::try_from(working_set::header_end(prelude)?).unwrap_or(usize::MAX);
+    let header = object.get(..end).ok_or("it is truncated")?;
+    let header = working_set::decode(header, object.len() as u64)?;
+    let ours = header.snapshot == id && header.manifest_hash == manifest_hash;
+    require(ours, "it was recorded from another snapshot")?;
+    let mut last = end as u64;
+    for frame in &header.frames {
+        let from = usize::try_from(frame.entry.offset).unwrap_or(usize::MAX);
+        let stored = object.get(from..from + frame.entry.stored_bytes as usize);
+        frame::decode(&frame.entry, stored.ok_or("it is truncated")?)?;
+        last = last.max(frame.entry.end());
+    }
+    require(last == object.len() as u64, "it has bytes after its end")?;
+    Ok(header.frames.len() as u64)
+}
