@@ -13,6 +13,7 @@ mod transaction;
 mod upload;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -92,6 +93,8 @@ pub struct Packed {
 /// for bit. Call it outside the runtime; memory use does not depend on the size of the files, but
 /// for the manifest: 16 bytes a run, 56 a frame.
 ///
+/// `progress` is told how far it is and may end it.
+///
 /// Errors: [`Invalid`](crate::ErrorKind::Invalid) for wrong input,
 /// [`Refused`](crate::ErrorKind::Refused) when a file changed while it was read or a collector
 /// ended the transaction; then nothing was added that a reader can see.
@@ -99,7 +102,7 @@ pub fn pack(
     store: &Store,
     runtime: &tokio::runtime::Runtime,
     request: &Request,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Packed, Error> {
     check(request)?;
     let sources: Vec<_> = request.inputs.iter().map(SourceFile::open).collect::<Result<_, _>>()?;
@@ -141,7 +144,7 @@ fn fill(
     workers: &Workers,
     threads: usize,
     request: &Request,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Filled, Error> {
     let total_bytes = sources.iter().map(SourceFile::bytes).sum();
     let mut at = Progress { packed_bytes: 0, total_bytes };
@@ -159,7 +162,9 @@ fn fill(
             let block: Block = wait(&scanned)??;
             at.packed_bytes += block.bytes();
             builder.add(block)?;
-            progress(at);
+            if progress(at).is_break() {
+                return Err(Error::refused(&request.name, "packing was interrupted"));
+            }
         }
         builder.end_file();
     }

@@ -1,6 +1,7 @@
 //! The store over a real local directory: what is packed comes out again, and damage is noticed.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -94,7 +95,8 @@ impl Fixture {
     fn pack(&self, name: &str, memory: &[u8]) -> Packed {
         let path = self.file("input", memory);
         let request = self.request(name, &path);
-        pack(&self.store(), &self.runtime, &request, &mut |_| {}).expect("packs")
+        pack(&self.store(), &self.runtime, &request, &mut |_| ControlFlow::Continue(()))
+            .expect("packs")
     }
 
     fn objects_under(&self, kind: &str) -> Vec<PathBuf> {
@@ -249,6 +251,7 @@ fn a_file_that_changes_while_it_is_packed_fails_the_pack() {
             writer.write_all_at(b"changed", 100).expect("writes");
             written = true;
         }
+        ControlFlow::Continue(())
     });
     assert!(written);
     let error = outcome.expect_err("noticed");
@@ -328,7 +331,8 @@ fn wrong_input_is_refused_before_anything_is_written() {
         (fixture.path("store"), ErrorKind::Invalid),
     ] {
         let request = fixture.request("one", &path);
-        let error = pack(&store, &fixture.runtime, &request, &mut |_| {}).expect_err("refused");
+        let error = pack(&store, &fixture.runtime, &request, &mut |_| ControlFlow::Continue(()))
+            .expect_err("refused");
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }

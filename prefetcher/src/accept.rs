@@ -1,0 +1,244 @@
+//! The accept thread: sockets, and handshakes in progress. It serves no faults, so a client that
+//! stalls in its handshake stalls nobody else.
+
+use std::collections::HashMap;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use crate::handshake::{HandshakeError, MAX_MESSAGE_BYTES, Parsed, parse};
+use crate::layout::Layout;
+
+/// A handshake that takes longer is refused.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
+/// Handshakes in progress at once; more connections wait in the kernel.
+const MAX_HANDSHAKES: usize = 256;
+/// How often deadlines are looked at while a handshake is in progress.
+const TICK: Duration = Duration::from_millis(100);
+const WAKE: u64 = u64::MAX;
+
+/// What came of a complete handshake.
+pub(crate) struct Arrival {
+    pub(crate) layout: Layout,
+    pub(crate) uffd: OwnedFd,
+    pub(crate) socket: UnixStream,
+}
+
+/// Takes over a VM; a refusal closes everything that came with it.
+pub(crate) type OnArrival = Box<dyn Fn(Arrival) -> Result<(), HandshakeError> + Send + Sync>;
+
+/// A socket that is listened on.
+pub(crate) struct Bound {
+    pub(crate) listener: UnixListener,
+    /// Length of the memory file.
+    pub(crate) memory_bytes: u64,
+    pub(crate) on_arrival: OnArrival,
+    /// For logs.
+    pub(crate) name: String,
+}
+
+struct Handshake {
+    bound: Arc<Bound>,
+    socket: UnixStream,
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    began: Instant,
+}
+
+pub(crate) struct Acceptor {
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    listeners: Mutex<HashMap<u64, Arc<Bound>>>,
+    next: Mutex<u64>,
+    stopping: AtomicBool,
+}
+
+impl Acceptor {
+    pub(crate) fn new() -> std::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let wake = rustix::event::eventfd(0, flags)?;
+        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        let (listeners, next) = (Mutex::default(), Mutex::new(0));
+        Ok(Self { epoll, wake, listeners, next, stopping: AtomicBool::new(false) })
+    }
+
+    /// Listens; answers with what [`Acceptor::remove`] wants.
+    pub(crate) fn add(&self, bound: Bound) -> std::io::Result<u64> {
+        bound.listener.set_nonblocking(true)?;
+        let key = self.next_key();
+        let bound = Arc::new(bound);
+        self.listeners.lock().insert(key, bound.clone());
+        epoll::add(&self.epoll, &bound.listener, EventData::new_u64(key), EventFlags::IN)?;
+        Ok(key)
+    }
+
+    /// Stops listening.
+    pub(crate) fn remove(&self, key: u64) {
+        if let Some(bound) = self.listeners.lock().remove(&key) {
+            epoll::delete(&self.epoll, &bound.listener).unwrap_or_default();
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let _full = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    fn next_key(&self) -> u64 {
+        let mut next = self.next.lock();
+        *next += 1;
+        *next
+    }
+
+    /// The accept thread.
+    pub(crate) fn run(&self) {
+        let mut handshakes: HashMap<u64, Handshake> = HashMap::new();
+        while !self.stopping.load(Ordering::Acquire) {
+            for key in self.wait(!handshakes.is_empty()) {
+                let listener = self.listeners.lock().get(&key).cloned();
+                if let Some(bound) = listener {
+                    if handshakes.len() < MAX_HANDSHAKES {
+                        self.accept(&bound, &mut handshakes);
+                    }
+                } else if let Some(handshake) = handshakes.remove(&key)
+                    && let Some(unfinished) = advance(handshake)
+                {
+                    handshakes.insert(key, unfinished);
+                }
+            }
+            handshakes.retain(|_, handshake| {
+                let late = handshake.began.elapsed() > HANDSHAKE_DEADLINE;
+                if late {
+                    refuse(&handshake.bound, &HandshakeError::Late(HANDSHAKE_DEADLINE.as_secs()));
+                }
+                !late
+            });
+        }
+    }
+
+    fn wait(&self, handshaking: bool) -> Vec<u64> {
+        let timeout = handshaking.then_some(TICK);
+        let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
+        let mut events = Vec::with_capacity(64);
+        let waited =
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+        if let Err(error) = waited
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::error!("the accept thread cannot wait: {error}");
+            std::thread::sleep(TICK);
+        }
+        events.iter().map(|event| event.data.u64()).filter(|key| *key != WAKE).collect()
+    }
+
+    fn accept(&self, bound: &Arc<Bound>, handshakes: &mut HashMap<u64, Handshake>) {
+        let socket = match bound.listener.accept() {
+            Ok((socket, _)) => socket,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                tracing::error!("{}: cannot accept: {error}", bound.name);
+                // Out of descriptors, most likely: not a reason to spin.
+                std::thread::sleep(TICK);
+                return;
+            }
+        };
+        let key = self.next_key();
+        let ready = socket.set_nonblocking(true).and_then(|()| {
+            epoll::add(&self.epoll, &socket, EventData::new_u64(key), EventFlags::IN)
+                .map_err(Into::into)
+        });
+        if let Err(error) = ready {
+            refuse(bound, &HandshakeError::Socket(error.to_string()));
+            return;
+        }
+        let (bytes, fds, began) = (Vec::new(), Vec::new(), Instant::now());
+        handshakes.insert(key, Handshake { bound: bound.clone(), socket, bytes, fds, began });
+    }
+}
+
+fn refuse(bound: &Bound, error: &HandshakeError) {
+    tracing::warn!("{}: {error}", bound.name);
+}
+
+/// Takes what has arrived; the handshake again if it is not complete. Closing the socket takes it
+/// off the epoll set.
+fn advance(mut handshake: Handshake) -> Option<Handshake> {
+    match receive(&mut handshake) {
+        Ok(None) => Some(handshake),
+        Ok(Some(layout)) => {
+            let Handshake { bound, socket, mut fds, .. } = handshake;
+            let uffd = fds.pop()?;
+            if let Err(error) = (bound.on_arrival)(Arrival { layout, uffd, socket }) {
+                refuse(&bound, &error);
+            }
+            None
+        }
+        Err(error) => {
+            refuse(&handshake.bound, &error);
+            None
+        }
+    }
+}
+
+/// Reads what is there; the layout once message and descriptor are complete.
+fn receive(handshake: &mut Handshake) -> Result<Option<Layout>, HandshakeError> {
+    let rule = |text: &str| HandshakeError::Rule(text.into());
+    loop {
+        let mut chunk = vec![0; MAX_MESSAGE_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = rustix::net::recvmsg(
+            &handshake.socket,
+            &mut [IoSliceMut::new(&mut chunk)],
+            &mut control,
+            flags,
+        );
+        let count = match received {
+            Ok(message) => message.bytes,
+            Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(HandshakeError::Socket(error.to_string())),
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                handshake.fds.extend(fds);
+            }
+        }
+        if handshake.fds.len() > 1 {
+            return Err(rule("there is more than one descriptor"));
+        }
+        if count == 0 {
+            return Err(rule("the connection was closed before the message was complete"));
+        }
+        handshake.bytes.extend_from_slice(&chunk[..count]);
+        if handshake.bytes.len() > MAX_MESSAGE_BYTES {
+            return Err(rule("the message is longer than 65536 bytes"));
+        }
+        if let Parsed::Complete(layout) = parse(&handshake.bytes, handshake.bound.memory_bytes)?
+            && let Some(fd) = handshake.fds.first()
+        {
+            check_is_userfaultfd(fd)?;
+            return Ok(Some(layout));
+        }
+    }
+}
+
+fn check_is_userfaultfd(fd: &OwnedFd) -> Result<(), HandshakeError> {
+    let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    let target =
+        std::fs::read_link(link).map_err(|error| HandshakeError::Socket(error.to_string()))?;
+    if target.as_os_str() == "anon_inode:[userfaultfd]" {
+        return Ok(());
+    }
+    Err(HandshakeError::Rule(format!("the descriptor is {}, not a userfaultfd", target.display())))
+}

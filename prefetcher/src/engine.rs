@@ -1,0 +1,262 @@
+//! The fault thread: waits for all VMs at once, and gives each its turn.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use userfaultfd::EventBuffer;
+
+use crate::fault;
+use crate::recording::Recording;
+use crate::report::End;
+use crate::vm::Vm;
+
+/// How often deadlines and settling are looked at.
+const TICK: Duration = Duration::from_millis(50);
+/// After the kernel said `Again`, a fault is tried again this much later, unless an event comes.
+const RETRY: Duration = Duration::from_millis(1);
+/// Events taken from the kernel at once.
+const EPOLL_EVENTS: usize = 64;
+
+const WAKE: u64 = u64::MAX;
+
+/// What an epoll event of a VM is about. VM ids are never reused, descriptors are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Faults,
+    Process,
+}
+
+impl Watched {
+    fn key(self, id: u64) -> u64 {
+        id << 1 | u64::from(self == Self::Process)
+    }
+
+    fn of_key(key: u64) -> (u64, Self) {
+        (key >> 1, if key & 1 == 1 { Self::Process } else { Self::Faults })
+    }
+}
+
+/// Shared by the fault thread and whoever adds VMs.
+pub(crate) struct Engine {
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    vms: Mutex<HashMap<u64, Arc<Vm>>>,
+    retries: Mutex<Vec<u64>>,
+    stopping: AtomicBool,
+    fault_deadline: Duration,
+    settle: Duration,
+}
+
+impl Engine {
+    pub(crate) fn new(fault_deadline: Duration, settle: Duration) -> std::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let wake = rustix::event::eventfd(0, flags)?;
+        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        Ok(Self {
+            epoll,
+            wake,
+            vms: Mutex::default(),
+            retries: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            fault_deadline,
+            settle,
+        })
+    }
+
+    /// Takes a VM into service.
+    pub(crate) fn add(&self, vm: Arc<Vm>) -> std::io::Result<()> {
+        let id = vm.restore.id;
+        self.vms.lock().insert(id, vm.clone());
+        let watched = [(vm.uffd.as_fd(), Watched::Faults), (vm.vmm.as_fd(), Watched::Process)];
+        for (fd, what) in watched {
+            epoll::add(&self.epoll, fd, EventData::new_u64(what.key(id)), EventFlags::IN)?;
+        }
+        self.wake_up();
+        Ok(())
+    }
+
+    pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
+        self.vms.lock().values().cloned().collect()
+    }
+
+    pub(crate) fn vm_count(&self) -> usize {
+        self.vms.lock().len()
+    }
+
+    /// The kernel said `Again` to a fault of this VM.
+    pub(crate) fn retry_soon(&self, id: u64) {
+        self.retries.lock().push(id);
+        self.wake_up();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.wake_up();
+    }
+
+    fn wake_up(&self) {
+        // Only a full counter refuses, and then the thread is awake anyway.
+        let _full = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The fault thread.
+    pub(crate) fn run(self: &Arc<Self>) {
+        let mut buffer = EventBuffer::new(64);
+        let mut last_tick = Instant::now();
+        while !self.stopping.load(Ordering::Acquire) {
+            for (key, flags) in self.wait() {
+                if key == WAKE {
+                    // The counter only wakes; what it is about is found below.
+                    let _empty = rustix::io::read(&self.wake, &mut [0; 8]);
+                    continue;
+                }
+                let (id, what) = Watched::of_key(key);
+                let found = self.vms.lock().get(&id).cloned();
+                if let Some(vm) = found {
+                    self.guarded(&vm, |vm| self.turn(vm, what, flags, &mut buffer));
+                }
+            }
+            let retries = std::mem::take(&mut *self.retries.lock());
+            for id in retries {
+                let found = self.vms.lock().get(&id).cloned();
+                if let Some(vm) = found {
+                    self.guarded(&vm, |vm| fault::retry(self, vm));
+                }
+            }
+            if last_tick.elapsed() >= TICK {
+                last_tick = Instant::now();
+                for vm in self.vms() {
+                    self.guarded(&vm, |vm| self.tick(vm));
+                }
+            }
+        }
+    }
+
+    fn wait(&self) -> Vec<(u64, EventFlags)> {
+        let timeout = match (self.retries.lock().is_empty(), self.vms.lock().is_empty()) {
+            (false, _) => Some(RETRY),
+            (true, false) => Some(TICK),
+            (true, true) => None,
+        };
+        let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
+        let mut events = Vec::with_capacity(EPOLL_EVENTS);
+        let waited =
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+        if let Err(error) = waited
+            && error != rustix::io::Errno::INTR
+        {
+            tracing::error!("the fault thread cannot wait: {error}");
+            std::thread::sleep(RETRY);
+        }
+        events.iter().map(|event| (event.data.u64(), event.flags)).collect()
+    }
+
+    /// A panic is our bug; the VM that it hits must neither hang nor read zeros.
+    fn guarded(&self, vm: &Arc<Vm>, act: impl FnOnce(&Arc<Vm>)) {
+        if catch_unwind(AssertUnwindSafe(|| act(vm))).is_err() {
+            vm.kill("serving it panicked; this is a bug");
+        }
+    }
+
+    fn turn(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        what: Watched,
+        flags: EventFlags,
+        buffer: &mut EventBuffer,
+    ) {
+        if what == Watched::Process {
+            self.process_ended(vm);
+            return;
+        }
+        match vm.read_events(buffer) {
+            Ok(events) if !vm.restore.has_ended() => fault::handle_events(self, vm, &events),
+            Ok(_) => {}
+            Err(error) => {
+                vm.kill(&format!("its userfaultfd cannot be read: {error}"));
+                self.forget_faults(vm);
+            }
+        }
+        if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
+            vm.kill("its userfaultfd failed");
+            self.forget_faults(vm);
+        }
+    }
+
+    /// Stops watching a descriptor that would be ready for ever.
+    fn forget_faults(&self, vm: &Vm) {
+        epoll::delete(&self.epoll, &vm.uffd).unwrap_or_default();
+    }
+
+    fn process_ended(&self, vm: &Arc<Vm>) {
+        epoll::delete(&self.epoll, &vm.vmm).unwrap_or_default();
+        if vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+            // Somebody connected for the VMM, or gave its memory to another process: serve on,
+            // until the memory is gone.
+            tracing::warn!("restore {}: the peer ended, its memory lives on", vm.restore.id);
+            return;
+        }
+        self.remove(vm);
+    }
+
+    fn remove(&self, vm: &Arc<Vm>) {
+        let id = vm.restore.id;
+        vm.restore.finish(End::VmmEnded);
+        self.forget_faults(vm);
+        self.vms.lock().remove(&id);
+        finish_recording(vm);
+        tracing::info!("restore {id}: ended");
+    }
+
+    fn tick(&self, vm: &Arc<Vm>) {
+        if vm.restore.has_ended() {
+            if !vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+                self.remove(vm);
+            }
+            return;
+        }
+        let oldest = vm.pending.lock().oldest();
+        if oldest.is_some_and(|since| since.elapsed() > self.fault_deadline) {
+            let seconds = self.fault_deadline.as_secs_f32();
+            vm.kill(&format!("a fault could not be served for {seconds} s"));
+        }
+        let settled = vm
+            .recording
+            .lock()
+            .as_ref()
+            .is_some_and(|recording| recording.has_settled(self.settle));
+        if settled {
+            finish_recording(vm);
+        }
+    }
+
+    /// Lets a VM go that needs us no more: what is still missing in its memory was removed, and is
+    /// zeros by the kernel's own doing from now on.
+    pub(crate) fn release(&self, vm: &Arc<Vm>) {
+        self.forget_faults(vm);
+        for region in vm.layout.regions() {
+            // Refused where the VMM has unmapped its memory: then nobody waits there.
+            if let Err(error) = vm.uffd.unregister(region.start, region.bytes) {
+                tracing::debug!("restore {}: unregister: {error}", vm.restore.id);
+            }
+        }
+        vm.restore.finish(End::HandedOver);
+        self.vms.lock().remove(&vm.restore.id);
+        finish_recording(vm);
+    }
+}
+
+/// Ends a recording, if there is one, and hands it over.
+pub(crate) fn finish_recording(vm: &Vm) {
+    let recording: Option<Recording> = vm.recording.lock().take();
+    if let Some(recording) = recording {
+        recording.finish();
+    }
+}

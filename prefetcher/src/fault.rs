@@ -1,0 +1,199 @@
+//! Serving faults: what a page is to hold, fetching what is not in memory, trying again.
+//!
+//! Everything here runs on the fault thread, but for [`arrived`], which runs on a decode thread of
+//! the store. Neither waits for anything.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use reap_store::{Error, Frame, FrameIndex, Urgency};
+
+use crate::engine::Engine;
+use crate::pending::{MAX_PENDING, PendingFault};
+use crate::report::{End, FaultClass};
+use crate::uffd::MemoryEvent;
+use crate::vm::{Content, Served, Vm};
+
+/// Acts on what the kernel said, in its order. Removals are marked already.
+pub(crate) fn handle_events(engine: &Arc<Engine>, vm: &Arc<Vm>, events: &[MemoryEvent]) {
+    for event in events {
+        match event {
+            MemoryEvent::Fault(address) => match vm.layout.unit_at(*address) {
+                Some(unit) => handle_fault(engine, vm, unit),
+                None => vm.kill("a fault outside all regions that the handshake described"),
+            },
+            MemoryEvent::Removed(..) => {}
+            MemoryEvent::Unsupported(what) => vm.kill(what),
+        }
+    }
+    retry(engine, vm);
+}
+
+/// Tries again what the kernel said `Again` to.
+pub(crate) fn retry(engine: &Arc<Engine>, vm: &Arc<Vm>) {
+    let retries = vm.pending.lock().take_retries();
+    for (unit, fault) in retries {
+        attend(engine, vm, unit, fault);
+    }
+}
+
+fn handle_fault(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64) {
+    let removed = vm.state.read().is_removed(unit);
+    let frames = if removed { Vec::new() } else { vm.frames_of(unit) };
+    let class = match (removed, frames.is_empty()) {
+        (true, _) => FaultClass::Removed,
+        (false, true) => FaultClass::Zero,
+        (false, false) => FaultClass::Cached,
+    };
+    let pending = vm.pending.lock();
+    if pending.contains(unit) {
+        // Another thread waits for the same page; the install wakes both.
+        return;
+    }
+    if pending.len() >= MAX_PENDING {
+        drop(pending);
+        vm.kill("more faults wait than a VM has threads");
+        return;
+    }
+    drop(pending);
+    note(vm, unit, class);
+    attend(engine, vm, unit, PendingFault { since: Instant::now(), class, retry: false });
+}
+
+/// Counts a new fault, and records it.
+fn note(vm: &Vm, unit: u64, class: FaultClass) {
+    if class == FaultClass::Removed {
+        return;
+    }
+    let per_unit = vm.layout.pages_per_unit();
+    if let Some(recording) = vm.recording.lock().as_mut() {
+        let pages = per_unit.min(vm.snapshot.files()[vm.file].page_count() - unit * per_unit);
+        let new = recording.touch(unit * per_unit, pages);
+        vm.restore.recorded_pages.fetch_add(new, Ordering::Relaxed);
+    }
+    if let Some(planned) = &vm.planned {
+        let counter = match (planned.get(unit), class) {
+            (true, _) => &vm.restore.late_pages,
+            (false, FaultClass::Zero) => return,
+            (false, _) => &vm.restore.missed_pages,
+        };
+        counter.fetch_add(per_unit, Ordering::Relaxed);
+    }
+}
+
+/// Serves a fault from memory, or fetches what it needs.
+fn attend(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64, fault: PendingFault) {
+    let frames = match fault.class {
+        FaultClass::Removed | FaultClass::Zero => Vec::new(),
+        FaultClass::Cached | FaultClass::Fetched => vm.frames_of(unit),
+    };
+    if let [frame] = frames[..]
+        && vm.layout.pages_per_unit() == 1
+        && let Some(found) = vm.snapshot.cached(frame)
+    {
+        // The usual fault: one page of a frame in memory, without a copy of ours.
+        let position = position_of(vm, unit);
+        settle(engine, vm, unit, fault, Content::Bytes(found.pages(position, 1)));
+        return;
+    }
+    if frames.is_empty() {
+        settle(engine, vm, unit, fault, Content::Zero);
+        return;
+    }
+    let cached: Vec<_> = frames.iter().map(|frame| vm.snapshot.cached(*frame)).collect();
+    let find = |index: FrameIndex| cached.get(frames.binary_search(&index).ok()?)?.clone();
+    if let Some(bytes) = vm.assemble(unit, find) {
+        settle(engine, vm, unit, fault, Content::Bytes(&bytes));
+        return;
+    }
+    fetch(engine, vm, unit, fault, &frames);
+}
+
+fn position_of(vm: &Vm, page: u64) -> u32 {
+    match vm.snapshot.extent(vm.file, page).map(|extent| extent.source) {
+        Some(reap_store::Source::Frame { position, .. }) => position,
+        _ => 0,
+    }
+}
+
+/// Fills a unit, and says what became of its fault.
+fn settle(
+    engine: &Arc<Engine>,
+    vm: &Arc<Vm>,
+    unit: u64,
+    fault: PendingFault,
+    content: Content<'_>,
+) {
+    match vm.serve(unit, content) {
+        Served::Done => vm.restore.fault(fault.class, fault.since.elapsed()),
+        Served::Again => {
+            vm.pending.lock().insert(unit, PendingFault { retry: true, ..fault });
+            engine.retry_soon(vm.restore.id);
+        }
+        Served::Gone => {
+            // The process is ending, or it took this memory away; in both cases nobody waits here.
+            if !vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+                vm.restore.finish(End::VmmEnded);
+            }
+        }
+        Served::Failed(what, errno) => {
+            vm.kill(&format!("{what} ({})", std::io::Error::from_raw_os_error(errno)));
+        }
+    }
+}
+
+/// Frames that a unit waits for.
+struct Collect {
+    engine: Arc<Engine>,
+    vm: Arc<Vm>,
+    unit: u64,
+    missing: AtomicUsize,
+    frames: Mutex<Vec<(FrameIndex, Frame)>>,
+}
+
+fn fetch(
+    engine: &Arc<Engine>,
+    vm: &Arc<Vm>,
+    unit: u64,
+    fault: PendingFault,
+    frames: &[FrameIndex],
+) {
+    let fault = PendingFault { class: FaultClass::Fetched, ..fault };
+    vm.pending.lock().insert(unit, fault);
+    let collect = Collect {
+        engine: engine.clone(),
+        vm: vm.clone(),
+        unit,
+        missing: AtomicUsize::new(frames.len()),
+        frames: Mutex::default(),
+    };
+    vm.snapshot.fetch(frames, Urgency::Demand, move |index, frame| arrived(&collect, index, frame));
+}
+
+/// A frame is there, or never will be.
+fn arrived(collect: &Collect, index: FrameIndex, frame: Result<Frame, Error>) {
+    let vm = &collect.vm;
+    match frame {
+        Ok(frame) => collect.frames.lock().push((index, frame)),
+        Err(error) => {
+            vm.pending.lock().remove(collect.unit);
+            vm.kill(&format!("a page cannot be had: {error}"));
+            return;
+        }
+    }
+    if collect.missing.fetch_sub(1, Ordering::AcqRel) != 1 {
+        return;
+    }
+    let frames = std::mem::take(&mut *collect.frames.lock());
+    let find = |wanted: FrameIndex| {
+        frames.iter().find(|(index, _)| *index == wanted).map(|(_, frame)| frame.clone())
+    };
+    let bytes = vm.assemble(collect.unit, find);
+    let Some(fault) = vm.pending.lock().remove(collect.unit) else { return };
+    match bytes {
+        Some(bytes) => settle(&collect.engine, vm, collect.unit, fault, Content::Bytes(&bytes)),
+        None => vm.kill("a page's frames do not cover it; this is a bug"),
+    }
+}

@@ -1,0 +1,41 @@
+//! Serves guest memory through userfaultfd: demand faults, recording, working-set prefetch.
+//!
+//! A VMM connects to a socket of [`Server`] and hands over its regions and its userfaultfd, as
+//! Firecracker does. From then on a fault flows so:
+//!
+//! ```text
+//! kernel -> engine (fault thread) -> vm.read_events: removals are marked, then
+//!           fault: removed? zero? frame in memory? -> vm.serve -> UFFDIO_COPY, the vCPU runs
+//!                  frame not in memory -> Snapshot::fetch(Demand) -> decode thread -> vm.serve
+//! ```
+//!
+//! and a working set so: `WorkingSet::fetch(Prefetch)` -> decode threads -> `vm.install_ahead`,
+//! run by run, in batches short enough that a fault hardly waits for them.
+//!
+//! Two threads serve any number of VMs: `faults` ([`engine`]) and `accept` ([`accept`]); neither
+//! waits for the network, a disk or a client. What installs pages is in [`vm`] and nowhere else, under
+//! the lock that orders it against removals. Decisions are pure: [`handshake`], [`layout`], [`page_state`].
+//! Kernel interfaces are wrapped in [`uffd`] and [`vmm`].
+//!
+//! A VM that cannot be served is ended through its pidfd, and the reason is logged and kept in its
+//! [`RestoreReport`]: a guest that hangs or reads wrong memory is worse than a dead one.
+
+mod accept;
+mod engine;
+mod fault;
+mod handshake;
+mod layout;
+mod page_state;
+mod pending;
+mod prefetch;
+mod recording;
+mod report;
+mod server;
+mod uffd;
+mod vm;
+mod vmm;
+
+pub use handshake::HandshakeError;
+pub use recording::OnRecorded;
+pub use report::{End, Latency, RestoreReport};
+pub use server::{Mode, Server, ServerConfig, ServerError};

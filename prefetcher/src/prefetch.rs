@@ -1,0 +1,230 @@
+//! Installing ahead of faults: the working set while the VM starts, or everything before we leave.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use reap_store::{Frame, FrameIndex, Source, Urgency, WorkingSet, WorkingSetRun};
+
+use crate::page_state::Bitmap;
+use crate::vm::Vm;
+
+/// Units of 2 MiB that are fetched at once for one VM.
+const HUGE_UNITS_AHEAD: usize = 4;
+/// Frames that are fetched at once when all of memory is installed.
+const POPULATE_FRAMES: usize = 64;
+
+/// The units that a working set covers.
+pub(crate) fn planned_units(
+    set: &WorkingSet,
+    file: usize,
+    pages_per_unit: u64,
+    units: u64,
+) -> Bitmap {
+    let planned = Bitmap::new(units);
+    for run in runs_of_file(set, file) {
+        let last = run.first_page + u64::from(run.pages) - 1;
+        for unit in run.first_page / pages_per_unit..=last / pages_per_unit {
+            planned.set(unit);
+        }
+    }
+    planned
+}
+
+fn runs_of_file(set: &WorkingSet, file: usize) -> impl Iterator<Item = &WorkingSetRun> {
+    let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame));
+    data.chain(set.zero_runs()).filter(move |run| run.file as usize == file)
+}
+
+/// Streams a working set into a VM. Returns at once; the frames are installed as they arrive.
+pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
+    let restore = &vm.restore;
+    restore.planned_pages.store(set.data_pages(), Ordering::Relaxed);
+    restore.planned_zero_pages.store(set.zero_pages(), Ordering::Relaxed);
+    if vm.layout.pages_per_unit() != 1 {
+        start_huge(vm, set);
+        return;
+    }
+    let (into, of) = (vm.clone(), set.clone());
+    set.fetch(Urgency::Prefetch, move |number, frame| match frame {
+        Ok(frame) => install_frame(&into, of.runs(number), &frame),
+        Err(error) => {
+            into.restore.failed_prefetch_frames.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!("restore {}: not prefetched: {error}", into.restore.id);
+        }
+    });
+    // After the data was asked for and before it is here: zeros cost no fetch.
+    for run in set.zero_runs().iter().filter(|run| run.file as usize == vm.file) {
+        let installed = vm.install_ahead(run.first_page, u64::from(run.pages), None);
+        restore.prefetched(installed, true);
+    }
+}
+
+fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
+    let mut position = 0;
+    for run in runs {
+        let bytes = frame.pages(position, run.pages);
+        position += run.pages;
+        if run.file as usize == vm.file {
+            let installed = vm.install_ahead(run.first_page, u64::from(run.pages), Some(bytes));
+            vm.restore.prefetched(installed, false);
+        }
+    }
+}
+
+/// With 2 MiB guest pages a unit needs all its bytes, of which the working set has a few: the
+/// units that it touches are taken from the page map, a few at a time, in its order.
+struct HugeUnits {
+    vm: Arc<Vm>,
+    units: Vec<u64>,
+    next: AtomicUsize,
+}
+
+fn start_huge(vm: &Arc<Vm>, set: &WorkingSet) {
+    let mut seen = HashSet::new();
+    let per_unit = vm.layout.pages_per_unit();
+    let units = runs_of_file(set, vm.file)
+        .flat_map(|run| {
+            let last = run.first_page + u64::from(run.pages) - 1;
+            run.first_page / per_unit..=last / per_unit
+        })
+        .filter(|unit| seen.insert(*unit))
+        .collect();
+    let work = Arc::new(HugeUnits { vm: vm.clone(), units, next: AtomicUsize::new(0) });
+    for _ in 0..HUGE_UNITS_AHEAD {
+        next_huge(&work);
+    }
+}
+
+fn next_huge(work: &Arc<HugeUnits>) {
+    // All zeros: no fetch calls back, so the next one is looked at here.
+    while let Some(unit) = work.units.get(work.next.fetch_add(1, Ordering::Relaxed)).copied() {
+        let frames = work.vm.frames_of(unit);
+        if frames.is_empty() {
+            let installed = work.vm.install_ahead(unit, 1, None);
+            work.vm.restore.prefetched(installed * work.vm.layout.pages_per_unit(), true);
+            continue;
+        }
+        let (sender, receiver) = mpsc::channel();
+        let receiver = parking_lot::Mutex::new(receiver);
+        let missing = AtomicUsize::new(frames.len());
+        let again = work.clone();
+        work.vm.snapshot.fetch(&frames, Urgency::Prefetch, move |index, frame| {
+            // The receiver lives in this closure.
+            sender.send((index, frame)).unwrap_or_default();
+            if missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+                install_huge(&again.vm, unit, receiver.lock().try_iter());
+                next_huge(&again);
+            }
+        });
+        return;
+    }
+}
+
+type Fetched = (FrameIndex, Result<Frame, reap_store::Error>);
+
+fn install_huge(vm: &Vm, unit: u64, fetched: impl Iterator<Item = Fetched>) {
+    let mut frames = std::collections::HashMap::new();
+    for (index, frame) in fetched {
+        match frame {
+            Ok(frame) => {
+                frames.insert(index, frame);
+            }
+            Err(error) => {
+                vm.restore.failed_prefetch_frames.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!("restore {}: not prefetched: {error}", vm.restore.id);
+                return;
+            }
+        }
+    }
+    if let Some(bytes) = vm.assemble(unit, |index| frames.get(&index).cloned()) {
+        let installed = vm.install_ahead(unit, 1, Some(&bytes));
+        vm.restore.prefetched(installed * vm.layout.pages_per_unit(), false);
+    }
+}
+
+/// Installs everything that is missing, so that the VM needs us no more. Waits. An error says why
+/// it cannot be.
+pub(crate) fn populate(vm: &Vm, deadline: Instant) -> Result<(), String> {
+    for (first, count) in vm.layout.units_in(0, u64::MAX) {
+        let mut unit = first;
+        while unit < first + count {
+            if vm.restore.has_ended() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err("it did not get all its memory in time".into());
+            }
+            unit = populate_some(vm, unit, first + count, deadline)?;
+        }
+    }
+    Ok(())
+}
+
+/// Installs the units from `unit` on whose frames are one batch; answers with the unit after them.
+fn populate_some(vm: &Vm, unit: u64, end: u64, deadline: Instant) -> Result<u64, String> {
+    let mut frames = std::collections::BTreeSet::new();
+    let mut next = unit;
+    while next < end && frames.len() < POPULATE_FRAMES {
+        if vm.state.read().is_wanted(next) {
+            frames.extend(vm.frames_of(next));
+        }
+        next += 1;
+    }
+    let wanted: Vec<FrameIndex> = frames.into_iter().collect();
+    let (sender, receiver) = mpsc::channel();
+    // A receiver that is gone has had its error.
+    vm.snapshot.fetch(&wanted, Urgency::Demand, move |index, frame| {
+        sender.send((index, frame)).unwrap_or_default();
+    });
+    let mut found = std::collections::HashMap::new();
+    while found.len() < wanted.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (index, frame) =
+            receiver.recv_timeout(left).map_err(|_| "a page did not arrive in time".to_owned())?;
+        found.insert(index, frame.map_err(|error| format!("a page cannot be had: {error}"))?);
+    }
+    for unit in unit..next {
+        while vm.state.read().is_wanted(unit) {
+            install_one(vm, unit, &found)?;
+            if Instant::now() > deadline {
+                return Err("it did not get all its memory in time".into());
+            }
+        }
+    }
+    Ok(next)
+}
+
+fn install_one(
+    vm: &Vm,
+    unit: u64,
+    found: &std::collections::HashMap<FrameIndex, Frame>,
+) -> Result<(), String> {
+    let per_unit = vm.layout.pages_per_unit();
+    let one_page = match vm.snapshot.extent(vm.file, unit * per_unit).map(|extent| extent.source) {
+        Some(Source::Frame { frame, position }) if per_unit == 1 => Some((frame, position)),
+        _ => None,
+    };
+    let before = vm.restore.has_ended();
+    match one_page.and_then(|(frame, position)| Some((found.get(&frame)?, position))) {
+        Some((frame, position)) => {
+            vm.install_ahead(unit, 1, Some(frame.pages(position, 1)));
+        }
+        None if vm.frames_of(unit).is_empty() => {
+            vm.install_ahead(unit, 1, None);
+        }
+        None => {
+            let assembled = vm.assemble(unit, |index| found.get(&index).cloned());
+            // A unit that became wanted after its batch was put together cannot be: units only
+            // stop being wanted.
+            let bytes = assembled.ok_or("a page's frames do not cover it; this is a bug")?;
+            vm.install_ahead(unit, 1, Some(&bytes));
+        }
+    }
+    // `install_ahead` gives up when the memory is gone; so must we.
+    let address = vm.layout.address_of(unit).map_or(0, |(address, _)| address);
+    let alive = vm.uffd.is_alive(address, vm.layout.page_bytes());
+    if before || !alive { Err("the VM ended".into()) } else { Ok(()) }
+}

@@ -1,0 +1,273 @@
+//! What a restore did: counts and latencies, cheap to keep and ready to be shown.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use reap_store::SnapshotId;
+use serde::Serialize;
+
+/// How a fault was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultClass {
+    /// From a frame in memory.
+    Cached,
+    /// A frame had to be fetched.
+    Fetched,
+    /// The page is zero in the snapshot.
+    Zero,
+    /// The guest had given the page back.
+    Removed,
+}
+
+const CLASSES: usize = 4;
+/// Four buckets to each doubling of microseconds, up to 2^26 us: percentiles within a fifth.
+const BUCKETS: usize = 4 * 27;
+
+/// Latencies of one class of faults.
+#[derive(Debug)]
+struct Histogram {
+    buckets: [AtomicU64; BUCKETS],
+    longest_us: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { buckets: std::array::from_fn(|_| AtomicU64::new(0)), longest_us: AtomicU64::new(0) }
+    }
+}
+
+/// A histogram for people and scripts, in microseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Latency {
+    /// How many faults.
+    pub count: u64,
+    /// Half were served within.
+    pub p50_us: u64,
+    /// 99 of 100 were served within.
+    pub p99_us: u64,
+    /// The slowest.
+    pub max_us: u64,
+}
+
+impl Histogram {
+    fn add(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let doubling = us.ilog2() as usize;
+        let quarter = if doubling < 2 { 0 } else { (us >> (doubling - 2) & 3) as usize };
+        let bucket = (4 * doubling + quarter).min(BUCKETS - 1);
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.longest_us.fetch_max(us, Ordering::Relaxed);
+    }
+
+    fn summary(&self) -> Latency {
+        let counts: Vec<u64> =
+            self.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+        let count: u64 = counts.iter().sum();
+        let max_us = self.longest_us.load(Ordering::Relaxed);
+        let quantile = |part: f64| {
+            let rank = (count as f64 * part).ceil().max(1.0);
+            let mut seen = 0;
+            let bucket = counts.iter().position(|in_bucket| {
+                seen += in_bucket;
+                seen as f64 >= rank
+            });
+            bucket.map_or(0, |bucket| upper_us(bucket).min(max_us))
+        };
+        Latency { count, p50_us: quantile(0.5), p99_us: quantile(0.99), max_us }
+    }
+}
+
+/// The longest time that falls into a bucket.
+fn upper_us(bucket: usize) -> u64 {
+    let (doubling, quarter) = (bucket / 4, (bucket % 4) as u64);
+    if doubling < 2 { (2 << doubling) - 1 } else { ((5 + quarter) << (doubling - 2)) - 1 }
+}
+
+/// How a restore ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// The VMM ended by itself.
+    VmmEnded,
+    /// All memory was handed over because the daemon stops; the VM goes on alone.
+    HandedOver,
+    /// We ended the VMM, for this reason.
+    Killed(String),
+}
+
+/// The live counters of a restore.
+#[derive(Debug)]
+pub(crate) struct Restore {
+    pub(crate) id: u64,
+    snapshot: SnapshotId,
+    pid: i32,
+    mode: &'static str,
+    started: SystemTime,
+    pub(crate) began: Instant,
+    pub(crate) planned_pages: AtomicU64,
+    pub(crate) planned_zero_pages: AtomicU64,
+    pub(crate) prefetched_pages: AtomicU64,
+    pub(crate) prefetched_zero_pages: AtomicU64,
+    pub(crate) late_pages: AtomicU64,
+    pub(crate) missed_pages: AtomicU64,
+    pub(crate) recorded_pages: AtomicU64,
+    pub(crate) again: AtomicU64,
+    pub(crate) removed_pages: AtomicU64,
+    pub(crate) failed_prefetch_frames: AtomicU64,
+    first_prefetch_us: AtomicU64,
+    last_prefetch_us: AtomicU64,
+    faults: [Histogram; CLASSES],
+    end: Mutex<Option<End>>,
+}
+
+/// A restore, as `GET /restores` shows it. Pages are of 4 KiB, times in microseconds since the
+/// handshake.
+#[derive(Clone, Debug, Serialize)]
+pub struct RestoreReport {
+    /// Counts from 1 in this process.
+    pub id: u64,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The VMM.
+    pub pid: i32,
+    /// `demand`, `record` or `prefetch`: the mode that was really used.
+    pub mode: &'static str,
+    /// Milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// `None` while the VM runs.
+    pub end: Option<End>,
+    /// Pages with bytes in the working set.
+    pub planned_pages: u64,
+    /// Zero pages in the working set.
+    pub planned_zero_pages: u64,
+    /// Of those, installed before they were touched.
+    pub prefetched_pages: u64,
+    /// The same for zero pages.
+    pub prefetched_zero_pages: u64,
+    /// Faults on planned pages that had not been installed yet.
+    pub late_pages: u64,
+    /// Faults on pages with bytes that the working set does not have.
+    pub missed_pages: u64,
+    /// Frames of the working set that could not be had.
+    pub failed_prefetch_frames: u64,
+    /// Pages recorded so far.
+    pub recorded_pages: u64,
+    /// Pages that the guest gave back.
+    pub removed_pages: u64,
+    /// How often the kernel asked to try again.
+    pub again: u64,
+    /// When the first and the last prefetched page was installed.
+    pub first_prefetch_us: Option<u64>,
+    /// See `first_prefetch_us`.
+    pub last_prefetch_us: Option<u64>,
+    /// Faults served from memory.
+    pub faults_cached: Latency,
+    /// Faults that had to fetch.
+    pub faults_fetched: Latency,
+    /// Faults on zero pages.
+    pub faults_zero: Latency,
+    /// Faults on pages that the guest had given back.
+    pub faults_removed: Latency,
+}
+
+impl Restore {
+    pub(crate) fn new(id: u64, snapshot: SnapshotId, pid: i32, mode: &'static str) -> Self {
+        Self {
+            id,
+            snapshot,
+            pid,
+            mode,
+            started: SystemTime::now(),
+            began: Instant::now(),
+            planned_pages: AtomicU64::new(0),
+            planned_zero_pages: AtomicU64::new(0),
+            prefetched_pages: AtomicU64::new(0),
+            prefetched_zero_pages: AtomicU64::new(0),
+            late_pages: AtomicU64::new(0),
+            missed_pages: AtomicU64::new(0),
+            recorded_pages: AtomicU64::new(0),
+            again: AtomicU64::new(0),
+            removed_pages: AtomicU64::new(0),
+            failed_prefetch_frames: AtomicU64::new(0),
+            first_prefetch_us: AtomicU64::new(u64::MAX),
+            last_prefetch_us: AtomicU64::new(0),
+            faults: Default::default(),
+            end: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn fault(&self, class: FaultClass, took: Duration) {
+        self.faults[class as usize].add(took);
+    }
+
+    /// Some pages of the working set are there now.
+    pub(crate) fn prefetched(&self, pages: u64, zero: bool) {
+        let counter = if zero { &self.prefetched_zero_pages } else { &self.prefetched_pages };
+        counter.fetch_add(pages, Ordering::Relaxed);
+        let now_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.first_prefetch_us.fetch_min(now_us, Ordering::Relaxed);
+        self.last_prefetch_us.fetch_max(now_us, Ordering::Relaxed);
+    }
+
+    /// Writes down how it ended; the first says it. Whether this was the first.
+    pub(crate) fn finish(&self, end: End) -> bool {
+        let mut ended = self.end.lock();
+        let first = ended.is_none();
+        ended.get_or_insert(end);
+        first
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.lock().is_some()
+    }
+
+    pub(crate) fn report(&self) -> RestoreReport {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let since = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let first_prefetch_us = Some(load(&self.first_prefetch_us)).filter(|us| *us != u64::MAX);
+        let fault = |class: FaultClass| self.faults[class as usize].summary();
+        RestoreReport {
+            id: self.id,
+            snapshot: self.snapshot,
+            pid: self.pid,
+            mode: self.mode,
+            started_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+            end: self.end.lock().clone(),
+            planned_pages: load(&self.planned_pages),
+            planned_zero_pages: load(&self.planned_zero_pages),
+            prefetched_pages: load(&self.prefetched_pages),
+            prefetched_zero_pages: load(&self.prefetched_zero_pages),
+            late_pages: load(&self.late_pages),
+            missed_pages: load(&self.missed_pages),
+            failed_prefetch_frames: load(&self.failed_prefetch_frames),
+            recorded_pages: load(&self.recorded_pages),
+            removed_pages: load(&self.removed_pages),
+            again: load(&self.again),
+            first_prefetch_us,
+            last_prefetch_us: first_prefetch_us.map(|_| load(&self.last_prefetch_us)),
+            faults_cached: fault(FaultClass::Cached),
+            faults_fetched: fault(FaultClass::Fetched),
+            faults_zero: fault(FaultClass::Zero),
+            faults_removed: fault(FaultClass::Removed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_within_a_fifth() {
+        let histogram = Histogram::default();
+        for us in 1..=1000 {
+            histogram.add(Duration::from_micros(us));
+        }
+        let summary = histogram.summary();
+        assert_eq!((summary.count, summary.max_us), (1000, 1000));
+        assert!((500..=600).contains(&summary.p50_us), "{summary:?}");
+        assert!((990..=1000).contains(&summary.p99_us), "{summary:?}");
+        assert_eq!(Histogram::default().summary().p99_us, 0);
+    }
+}

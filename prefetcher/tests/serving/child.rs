@@ -1,0 +1,123 @@
+//! VMMs in processes of their own: what ends, and what is ended.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use reap_prefetcher::{End, Mode, ServerConfig};
+
+use crate::{Fixture, whole};
+
+const SOCKET: &str = "REAP_TEST_PRETEND_VMM";
+const PAGES: u64 = 1000;
+
+/// Not a test of its own: the body of the child process.
+#[test]
+fn pretend_vmm_process() {
+    let Ok(socket) = std::env::var(SOCKET) else { return };
+    let mut vm = whole(PAGES);
+    vm.connect(std::path::Path::new(&socket)).expect("connects");
+    let pages = vm.pages();
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        let (from, to) = line.split_once(' ').expect("a range");
+        let range = from.parse().expect("from")..to.parse().expect("to");
+        let answer = match vm.check(&pages[range]) {
+            Ok(()) => "right".to_owned(),
+            Err(why) => why,
+        };
+        println!("\nANSWER {answer}");
+    }
+}
+
+struct VmmProcess(Child);
+
+impl VmmProcess {
+    fn start(fixture: &Fixture) -> Self {
+        let child = Command::new(std::env::current_exe().expect("this binary"))
+            .args(["--exact", "child::pretend_vmm_process", "--nocapture"])
+            .env(SOCKET, fixture.socket())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        Self(child)
+    }
+
+    /// Asks for a check of pages; `None` if the process ends instead.
+    fn check(&mut self, from: u64, to: u64) -> Option<String> {
+        writeln!(self.0.stdin.as_mut()?, "{from} {to}").ok()?;
+        let lines = BufReader::new(self.0.stdout.as_mut()?).lines();
+        lines.map_while(Result::ok).find_map(|line| line.strip_prefix("ANSWER ").map(str::to_owned))
+    }
+
+    fn ends_within(&mut self, limit: Duration) -> bool {
+        let began = Instant::now();
+        while began.elapsed() < limit {
+            if self.0.try_wait().expect("waits").is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        self.0.kill().unwrap_or_default();
+        self.0.wait().expect("waits");
+    }
+}
+
+#[test]
+fn a_vmm_that_dies_ends_its_restore_and_its_recording() {
+    let fixture = Fixture::new(PAGES);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    fixture.bind(move || {
+        let sender = sender.clone();
+        Mode::Record(Box::new(move |touches| sender.send(touches.len()).expect("receiver")))
+    });
+    let mut vmm = VmmProcess::start(&fixture);
+    assert_eq!(vmm.check(0, 200).as_deref(), Some("right"));
+    drop(vmm);
+    let report = fixture.wait_for(|report| report.end.is_some());
+    assert_eq!(report.end, Some(End::VmmEnded));
+    assert_eq!(receiver.recv_timeout(Duration::from_secs(5)), Ok(200));
+}
+
+#[test]
+fn a_page_that_cannot_be_had_ends_the_vmm_with_the_reason() {
+    let fixture = Fixture::new(PAGES);
+    fixture.bind(|| Mode::Demand);
+    let mut vmm = VmmProcess::start(&fixture);
+    assert_eq!(vmm.check(0, 100).as_deref(), Some("right"));
+    fixture.ruin_the_store();
+    assert_eq!(vmm.check(500, 1000), None, "it neither hangs nor reads anything");
+    assert!(vmm.ends_within(Duration::from_secs(5)));
+    let report = fixture.wait_for(|report| report.end.is_some());
+    let Some(End::Killed(reason)) = report.end else { panic!("{report:?}") };
+    assert!(reason.contains("does not match") || reason.contains("decompress"), "{reason}");
+}
+
+#[test]
+fn a_stop_that_cannot_hand_over_ends_the_vmm() {
+    let fixture = Fixture::new(PAGES);
+    fixture.bind(|| Mode::Demand);
+    let mut vmm = VmmProcess::start(&fixture);
+    assert_eq!(vmm.check(0, 100).as_deref(), Some("right"));
+    fixture.ruin_the_store();
+    assert_eq!(fixture.server.stop(Duration::from_secs(5)), (0, 1));
+    assert!(vmm.ends_within(Duration::from_secs(2)));
+}
+
+#[test]
+fn a_vmm_goes_on_after_a_stop() {
+    let fixture = Fixture::with_config(PAGES, ServerConfig::default());
+    fixture.bind(|| Mode::Demand);
+    let mut vmm = VmmProcess::start(&fixture);
+    assert_eq!(vmm.check(0, 100).as_deref(), Some("right"));
+    assert_eq!(fixture.server.stop(Duration::from_secs(20)), (1, 0));
+    drop(fixture);
+    assert_eq!(vmm.check(0, PAGES).as_deref(), Some("right"));
+}

@@ -1,0 +1,318 @@
+//! The server against a pretend VMM over real sockets, real userfaultfds and a real store.
+#![expect(missing_docs, unreachable_pub, reason = "a test binary")]
+
+mod child;
+mod handshakes;
+mod pretend;
+mod removal;
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use pretend::{PretendVm, true_memory, true_page};
+use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
+use reap_store::pack::{Input, Request, pack};
+use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch};
+
+/// A store with one snapshot of `true_memory`, and a server.
+pub struct Fixture {
+    pub directory: tempfile::TempDir,
+    pub node: Node,
+    pub snapshot: Arc<Snapshot>,
+    pub server: Server,
+}
+
+impl Fixture {
+    pub fn new(pages: u64) -> Self {
+        Self::with_config(pages, ServerConfig::default())
+    }
+
+    pub fn with_config(pages: u64, config: ServerConfig) -> Self {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let url = format!("file://{}/store", directory.path().display());
+        let memory = directory.path().join("memory");
+        std::fs::write(&memory, true_memory(pages)).expect("memory file");
+        let runtime = tokio::runtime::Runtime::new().expect("runtime");
+        let store = runtime.block_on(Store::init(&url)).expect("store");
+        let request = Request {
+            name: "one".parse().expect("name"),
+            inputs: vec![Input { name: "memory".into(), kind: FileKind::Memory, path: memory }],
+            labels: BTreeMap::new(),
+            vmm: None,
+            vmm_version: None,
+            guest_page_bytes: None,
+            level: 1,
+        };
+        let packed = pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(()));
+        let packed = packed.expect("packs");
+        let node = Node::start(&NodeConfig::reader(&url)).expect("node");
+        let snapshot = node.block_on(node.open_id(packed.id)).expect("opens");
+        let server = Server::start(config).expect("server");
+        Self { directory, node, snapshot, server }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("uffd.sock")
+    }
+
+    pub fn bind(&self, choose: impl Fn() -> Mode + Send + Sync + 'static) -> PathBuf {
+        let path = self.socket();
+        self.server.bind(&path, self.snapshot.clone(), choose).expect("binds");
+        path
+    }
+
+    /// Waits until `wanted` is true of the newest restore.
+    pub fn wait_for(&self, wanted: impl Fn(&RestoreReport) -> bool) -> RestoreReport {
+        let began = Instant::now();
+        loop {
+            let newest = self.server.restores().pop();
+            if let Some(report) = &newest
+                && wanted(report)
+            {
+                return report.clone();
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "{newest:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Damages every pack, so that nothing can be fetched any more.
+    pub fn ruin_the_store(&self) {
+        for entry in std::fs::read_dir(self.directory.path().join("store/pack")).expect("packs") {
+            let path = entry.expect("entry").path();
+            let mut bytes = std::fs::read(&path).expect("pack");
+            bytes[32..].iter_mut().for_each(|byte| *byte ^= 0x55);
+            std::fs::write(&path, bytes).expect("pack");
+        }
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        // A VM of this very process that cannot be handed over would end it.
+        self.server.stop(Duration::from_secs(30));
+    }
+}
+
+pub fn whole(pages: u64) -> PretendVm {
+    PretendVm::map(&[(0, pages)], PAGE_SIZE as u64).expect("maps")
+}
+
+#[test]
+fn every_page_is_right_on_demand_from_many_threads() {
+    let fixture = Fixture::new(3000);
+    let socket = fixture.bind(|| Mode::Demand);
+    let mut vm = whole(3000);
+    vm.connect(&socket).expect("connects");
+    let pages = vm.pages();
+    std::thread::scope(|scope| {
+        for thread in 0..8usize {
+            let (vm, mut pages) = (&vm, pages.clone());
+            pages.rotate_left(thread * 300);
+            if thread % 2 == 1 {
+                pages.reverse();
+            }
+            scope.spawn(move || vm.check(&pages).expect("every byte"));
+        }
+    });
+    let report = fixture.wait_for(|report| report.faults_zero.count >= 600);
+    assert_eq!(report.mode, "demand");
+    assert!(report.faults_cached.count + report.faults_fetched.count >= 2000, "{report:?}");
+    assert!(report.end.is_none());
+}
+
+#[test]
+fn regions_with_gaps_and_offsets_get_their_own_pages() {
+    let fixture = Fixture::new(1000);
+    let socket = fixture.bind(|| Mode::Demand);
+    let size = PAGE_SIZE as u64;
+    // Out of order, with parts of the file that no region has.
+    let mut vm =
+        PretendVm::map(&[(500 * size, 400), (0, 300), (950 * size, 50)], size).expect("maps");
+    vm.connect(&socket).expect("connects");
+    vm.check(&vm.pages()).expect("every byte");
+}
+
+#[test]
+fn a_recording_is_what_was_touched_and_then_it_is_there_before_it_is_touched() {
+    let config = ServerConfig { settle: Duration::from_millis(150), ..ServerConfig::default() };
+    let fixture = Fixture::with_config(3000, config);
+    let (sender, receiver) = mpsc::channel();
+    let socket = fixture.bind(move || {
+        let sender = sender.clone();
+        Mode::Record(Box::new(move |touches| sender.send(touches).expect("receiver")))
+    });
+    let mut vm = whole(3000);
+    vm.connect(&socket).expect("connects");
+    let touched: Vec<_> =
+        (0..400u64).map(|number| vm.pages()[((number * 37) % 3000) as usize]).collect();
+    vm.check(&touched).expect("every byte");
+    let touches: Vec<Touch> = receiver.recv_timeout(Duration::from_secs(10)).expect("it settles");
+    let order: Vec<u64> = touches.iter().map(|touch| touch.page).collect();
+    assert_eq!(order, touched.iter().map(|(_, page)| *page).collect::<Vec<_>>());
+    // After it settled nothing is recorded, such as the faults of a shutdown.
+    let late = vm.pages()[2999];
+    vm.check(&[late]).expect("every byte");
+    assert!(receiver.recv_timeout(Duration::from_millis(300)).is_err());
+    drop(vm);
+
+    fixture
+        .node
+        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
+        .expect("publishes");
+    let set = fixture
+        .node
+        .block_on(fixture.node.working_set(&fixture.snapshot))
+        .expect("lists")
+        .expect("is there");
+    assert!(set.zero_pages() > 0);
+    fixture.server.unbind(&socket);
+    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let mut vm = whole(3000);
+    vm.connect(&socket).expect("connects");
+    let complete = |report: &RestoreReport| {
+        report.mode == "prefetch"
+            && report.prefetched_pages == report.planned_pages
+            && report.prefetched_zero_pages == report.planned_zero_pages
+    };
+    let report = fixture.wait_for(complete);
+    assert_eq!(report.planned_pages + report.planned_zero_pages, 400);
+    vm.check(&touched).expect("every byte");
+    let report = fixture.wait_for(complete);
+    let faults = [report.faults_cached, report.faults_fetched, report.faults_zero];
+    assert_eq!(faults.iter().map(|faults| faults.count).sum::<u64>(), 0, "no touch faults");
+    assert_eq!((report.late_pages, report.missed_pages), (0, 0));
+    vm.check(&vm.pages()).expect("every other page on demand");
+    assert!(fixture.wait_for(|_| true).missed_pages > 1000);
+}
+
+#[test]
+fn a_damaged_working_set_costs_speed_and_nothing_else() {
+    let fixture = Fixture::new(1000);
+    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
+    fixture
+        .node
+        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
+        .expect("publishes");
+    let set = fixture
+        .node
+        .block_on(fixture.node.working_set(&fixture.snapshot))
+        .expect("lists")
+        .expect("is there");
+    let sets = fixture.directory.path().join("store/ws").join(fixture.snapshot.id().to_string());
+    let path = std::fs::read_dir(sets).expect("sets").next().expect("one").expect("entry").path();
+    let mut bytes = std::fs::read(&path).expect("set");
+    let length = bytes.len();
+    bytes[length / 2] ^= 1;
+    bytes.truncate(length - 1000);
+    std::fs::write(&path, bytes).expect("set");
+    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let mut vm = whole(1000);
+    vm.connect(&socket).expect("connects");
+    vm.check(&vm.pages()).expect("every byte");
+    let report = fixture.wait_for(|report| report.failed_prefetch_frames >= 2);
+    assert!(report.prefetched_pages > 0 && report.end.is_none(), "{report:?}");
+}
+
+#[test]
+fn many_vms_at_once_and_prefetch_among_their_faults() {
+    let fixture = Fixture::new(1500);
+    let touches: Vec<Touch> =
+        (0..1500).rev().map(|page| Touch { file: 0, page, at_us: 0 }).collect();
+    fixture
+        .node
+        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
+        .expect("publishes");
+    let set = fixture
+        .node
+        .block_on(fixture.node.working_set(&fixture.snapshot))
+        .expect("lists")
+        .expect("is there");
+    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    std::thread::scope(|scope| {
+        for _ in 0..50 {
+            let socket = &socket;
+            scope.spawn(move || {
+                let mut vm = whole(1500);
+                vm.connect(socket).expect("connects");
+                vm.check(&vm.pages()).expect("every byte");
+            });
+        }
+    });
+    assert_eq!(fixture.server.restores().len(), 50);
+}
+
+#[test]
+fn huge_pages_are_filled_from_all_their_frames() {
+    let Some(_pool) = HugePool::of(8) else {
+        eprintln!("this kernel gives no 2 MiB pages: not tested");
+        return;
+    };
+    let fixture = Fixture::new(4 * 512);
+    let set = {
+        let touches: Vec<Touch> =
+            [3, 700].iter().map(|page| Touch { file: 0, page: *page, at_us: 0 }).collect();
+        fixture
+            .node
+            .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
+            .expect("publishes");
+        fixture
+            .node
+            .block_on(fixture.node.working_set(&fixture.snapshot))
+            .expect("lists")
+            .expect("is there")
+    };
+    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let mut vm = PretendVm::map(&[(0, 4 * 512)], 2 << 20).expect("maps");
+    vm.connect(&socket).expect("connects");
+    fixture.wait_for(|report| report.prefetched_pages == 1024);
+    vm.check(&vm.pages()).expect("every byte");
+    let address = vm.regions()[0].0;
+    vm.remove(address, 512);
+    assert!(vm.read(address + 4096).iter().all(|byte| *byte == 0));
+}
+
+/// 2 MiB pages of the kernel, given back at the end.
+struct HugePool(String);
+
+impl HugePool {
+    const PATH: &'static str = "/proc/sys/vm/nr_hugepages";
+
+    fn of(pages: u64) -> Option<Self> {
+        let before = std::fs::read_to_string(Self::PATH).ok()?;
+        let wanted = before.trim().parse::<u64>().ok()? + pages;
+        std::fs::write(Self::PATH, wanted.to_string()).ok()?;
+        let pool = Self(before);
+        let now = std::fs::read_to_string(Self::PATH).ok()?;
+        (now.trim().parse::<u64>().ok()? >= wanted).then_some(pool)
+    }
+}
+
+impl Drop for HugePool {
+    fn drop(&mut self) {
+        std::fs::write(Self::PATH, self.0.trim()).expect("the pool is given back");
+    }
+}
+
+#[test]
+fn a_stop_gives_each_vm_all_its_memory() {
+    let fixture = Fixture::new(2000);
+    let socket = fixture.bind(|| Mode::Demand);
+    let mut vm = whole(2000);
+    vm.connect(&socket).expect("connects");
+    let pages = vm.pages();
+    vm.check(&pages[..100]).expect("every byte");
+    vm.remove(pages[1500].0, 10);
+    assert_eq!(fixture.server.stop(Duration::from_secs(20)), (1, 0));
+    assert!(!socket.exists());
+    assert_eq!(fixture.server.restores()[0].end, Some(End::HandedOver));
+    for (address, page) in pages {
+        let expected =
+            if (1500..1510).contains(&page) { vec![0; PAGE_SIZE] } else { true_page(page) };
+        assert!(vm.read(address) == expected, "page {page}");
+    }
+}

@@ -1,0 +1,194 @@
+//! A pretend VMM: maps memory, registers it, shakes hands, touches pages and checks every byte.
+
+#![expect(unsafe_code, reason = "maps and touches memory as a VMM does")]
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use reap_store::PAGE_SIZE;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+/// The true content of a page: every fifth is zero, every seventh repeats another's.
+pub fn true_page(page: u64) -> Vec<u8> {
+    let mut bytes = vec![0u8; PAGE_SIZE];
+    if page.is_multiple_of(5) {
+        return bytes;
+    }
+    let seed = if page.is_multiple_of(7) { 1 } else { page };
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for word in bytes.chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        // Half of each word repeats, so that pages compress a little.
+        word[..4].copy_from_slice(&state.to_le_bytes()[..4]);
+        word[4..].copy_from_slice(&seed.to_le_bytes()[..4]);
+    }
+    bytes
+}
+
+pub fn true_memory(pages: u64) -> Vec<u8> {
+    (0..pages).flat_map(true_page).collect()
+}
+
+/// Memory of a pretend VM: several mappings, each with its place in the memory file.
+pub struct PretendVm {
+    regions: Vec<(u64, u64, u64)>,
+    page_bytes: u64,
+    uffd: Option<OwnedFd>,
+    socket: Option<UnixStream>,
+}
+
+// The memory belongs to the value; threads only read and advise it through methods.
+unsafe impl Send for PretendVm {}
+// See above.
+unsafe impl Sync for PretendVm {}
+
+impl PretendVm {
+    /// Maps regions of (offset in the file, pages of 4 KiB) with gaps between them, and registers them.
+    pub fn map(regions: &[(u64, u64)], page_bytes: u64) -> std::io::Result<Self> {
+        let features = userfaultfd::FeatureFlags::EVENT_REMOVE;
+        let uffd = userfaultfd::UffdBuilder::new()
+            .require_features(features)
+            .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(false)
+            .create()
+            .map_err(std::io::Error::other)?;
+        let mut vm = Self { regions: Vec::new(), page_bytes, uffd: None, socket: None };
+        for (offset, pages) in regions {
+            let bytes = pages * PAGE_SIZE as u64;
+            let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            if page_bytes > PAGE_SIZE as u64 {
+                flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+            }
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: a new anonymous mapping disturbs nothing.
+            let at = unsafe {
+                libc::mmap(std::ptr::null_mut(), bytes as usize, protection, flags, -1, 0)
+            };
+            if at == libc::MAP_FAILED {
+                return Err(std::io::Error::last_os_error());
+            }
+            if page_bytes == PAGE_SIZE as u64 {
+                // SAFETY: the range was mapped a moment ago.
+                unsafe { libc::madvise(at, bytes as usize, libc::MADV_NOHUGEPAGE) };
+            }
+            uffd.register(at, bytes as usize).map_err(std::io::Error::other)?;
+            vm.regions.push((at as u64, bytes, *offset));
+        }
+        // The crate's `into_raw_fd` closes what it gives away.
+        let raw = rustix::io::dup(borrow(&uffd))?.into_raw_fd();
+        // SAFETY: the duplicate is ours alone.
+        vm.uffd = Some(unsafe { OwnedFd::from_raw_fd(raw) });
+        Ok(vm)
+    }
+
+    /// The message that a VMM sends.
+    pub fn message(&self) -> String {
+        let regions: Vec<_> = self
+            .regions
+            .iter()
+            .map(|(start, bytes, offset)| {
+                serde_json::json!({
+                    "base_host_virt_addr": start, "size": bytes, "offset": offset,
+                    "page_size": self.page_bytes, "page_size_kib": self.page_bytes,
+                })
+            })
+            .collect();
+        serde_json::to_string(&regions).expect("JSON")
+    }
+
+    pub fn uffd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_ref().expect("a userfaultfd").as_fd()
+    }
+
+    /// Connects and shakes hands as Firecracker does; keeps the socket, gives the userfaultfd away
+    /// (but keeps its own reference too).
+    pub fn connect(&mut self, path: &Path) -> std::io::Result<()> {
+        let socket = UnixStream::connect(path)?;
+        send(&socket, self.message().as_bytes(), &[self.uffd()])?;
+        self.socket = Some(socket);
+        Ok(())
+    }
+
+    /// Regions as (address, bytes, offset).
+    pub fn regions(&self) -> &[(u64, u64, u64)] {
+        &self.regions
+    }
+
+    /// Addresses of all pages, with their numbers in the file.
+    pub fn pages(&self) -> Vec<(u64, u64)> {
+        let size = PAGE_SIZE as u64;
+        self.regions
+            .iter()
+            .flat_map(|(start, bytes, offset)| {
+                (0..bytes / size).map(move |page| (start + page * size, offset / size + page))
+            })
+            .collect()
+    }
+
+    /// What a guest would read there. Faults if need be.
+    pub fn read(&self, address: u64) -> Vec<u8> {
+        let mut bytes = vec![0u8; PAGE_SIZE];
+        // SAFETY: `address` is a page of this VM's mappings, which live as long as it does.
+        unsafe {
+            std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), PAGE_SIZE);
+        }
+        bytes
+    }
+
+    /// A write of one byte to a page.
+    pub fn write(&self, address: u64, byte: u8) {
+        // SAFETY: `address` is inside a page of this VM's writable mappings.
+        unsafe { std::ptr::write_volatile(address as *mut u8, byte) };
+    }
+
+    /// Gives pages back, as a balloon does. Returns once the handler has read the event.
+    pub fn remove(&self, address: u64, pages: u64) {
+        let bytes = pages as usize * PAGE_SIZE;
+        // SAFETY: the range is inside this VM's mappings; nobody holds references into it.
+        let result = unsafe { libc::madvise(address as *mut _, bytes, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// Reads pages and compares them; the first that is wrong.
+    pub fn check(&self, pages: &[(u64, u64)]) -> Result<(), String> {
+        for (address, page) in pages {
+            if self.read(*address) != true_page(*page) {
+                return Err(format!("page {page} is wrong"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for PretendVm {
+    fn drop(&mut self) {
+        for (start, bytes, _) in &self.regions {
+            // SAFETY: the mapping is this VM's own, and nobody uses it any more.
+            unsafe { libc::munmap(*start as *mut _, *bytes as usize) };
+        }
+    }
+}
+
+fn borrow(uffd: &userfaultfd::Uffd) -> BorrowedFd<'_> {
+    // SAFETY: open as long as `uffd` is.
+    unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) }
+}
+
+/// Sends bytes with descriptors.
+pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    let sent =
+        rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    assert_eq!(sent, bytes.len());
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! The laboratory that the end-to-end tests and the demo share.
+
+pub mod lab;

@@ -1,0 +1,1 @@
+//! `reapd`: serves snapshots on a worker node.

@@ -1,0 +1,50 @@
+//! A request to a running daemon, over its Unix socket.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use reap_store::Error;
+use serde_json::Value;
+
+/// Sends a request; answers with the body. An answer that is not a success is an error with the
+/// daemon's own line.
+pub(super) async fn request(
+    run_dir: &Path,
+    method: Method,
+    path: &str,
+    body: Option<Value>,
+) -> Result<Value> {
+    let socket = run_dir.join("api.sock");
+    let stream = tokio::net::UnixStream::connect(&socket).await.map_err(|error| {
+        let text = format!("no daemon answers here ({error}): is 'reapd run' running with this --run-dir?");
+        Error::not_found(socket.display(), text)
+    })?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let connection = tokio::spawn(connection);
+    let body = body.map(|body| body.to_string()).unwrap_or_default();
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "reapd")
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body)))?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    let bytes = response.into_body().collect().await?.to_bytes();
+    connection.abort();
+    let value: Value = match bytes.is_empty() {
+        true => Value::Null,
+        false => serde_json::from_slice(&bytes).context("the daemon's answer is not JSON")?,
+    };
+    if status.is_success() {
+        return Ok(value);
+    }
+    let message = value["error"].as_str().unwrap_or("the daemon refused").to_owned();
+    let kind = super::api::kind_of(status);
+    Err(Error::new(kind, "reapd", message).into())
+}
