@@ -1,1 +1,128 @@
 //! `reapd`: serves snapshots on a worker node.
+
+mod api;
+mod arguments;
+mod client;
+mod prepared;
+mod run;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use hyper::Method;
+use serde_json::{Value, json};
+
+pub use arguments::{Arguments, Command};
+
+/// Runs `reapd` with the process's arguments.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    crate::output::finish("reapd", dispatch(&arguments))
+}
+
+fn dispatch(arguments: &Arguments) -> Result<()> {
+    match &arguments.command {
+        Command::Run(run) => run::run(run),
+        Command::Prepare { daemon, name, mode } => {
+            let body = json!({ "mode": mode });
+            let answer = ask(&daemon.run_dir, Method::PUT, &snapshot_path(name), Some(body))?;
+            print(arguments.json, &answer, &prepared_lines(&answer))
+        }
+        Command::Status { daemon } => {
+            let snapshots = ask(&daemon.run_dir, Method::GET, "/snapshots", None)?;
+            let restores = ask(&daemon.run_dir, Method::GET, "/restores", None)?;
+            let text = status_lines(&snapshots, &restores);
+            print(arguments.json, &json!({ "snapshots": snapshots, "restores": restores }), &text)
+        }
+        Command::Release { daemon, name } => {
+            let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), None)?;
+            print(arguments.json, &answer, &format!("{name} is released"))
+        }
+    }
+}
+
+/// The path of a snapshot in the API; what a name may hold needs no escaping but for this.
+fn snapshot_path(name: &str) -> String {
+    let escaped: String = name
+        .bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'_' | b'-' | b'~' => {
+                char::from(byte).to_string()
+            }
+            other => format!("%{other:02X}"),
+        })
+        .collect();
+    format!("/snapshots/{escaped}")
+}
+
+fn ask(
+    run_dir: &std::path::Path,
+    method: Method,
+    path: &str,
+    body: Option<Value>,
+) -> Result<Value> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(client::request(run_dir, method, path, body))
+}
+
+fn print(json: bool, value: &Value, text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => writeln!(out, "{value:#}")?,
+        false => writeln!(out, "{}", text.trim_end())?,
+    }
+    Ok(())
+}
+
+fn prepared_lines(prepared: &Value) -> String {
+    let text = |at: &Value| at.as_str().unwrap_or("-").to_owned();
+    let mut lines = format!(
+        "{} is {}, mode {}, working set {}\nuffd {}\nmemory {}\nstate {}\n",
+        text(&prepared["name"]),
+        text(&prepared["id"]),
+        text(&prepared["mode"]),
+        prepared["working_set"],
+        text(&prepared["uffd"]),
+        text(&prepared["memory"]),
+        text(&prepared["state"]),
+    );
+    for (name, path) in prepared["disks"].as_object().into_iter().flatten() {
+        lines.push_str(&format!("disk {name} {}\n", text(path)));
+    }
+    for warning in prepared["warnings"].as_array().into_iter().flatten() {
+        lines.push_str(&format!("warning: {}\n", text(warning)));
+    }
+    lines
+}
+
+fn status_lines(snapshots: &Value, restores: &Value) -> String {
+    let mut lines = String::new();
+    for prepared in snapshots.as_array().into_iter().flatten() {
+        lines.push_str(&prepared_lines(prepared));
+    }
+    for restore in restores.as_array().into_iter().flatten() {
+        let faults: u64 = ["cached", "fetched", "zero", "removed"]
+            .iter()
+            .filter_map(|class| restore[format!("faults_{class}")]["count"].as_u64())
+            .sum();
+        lines.push_str(&format!(
+            "restore {} pid {} {}: {} planned, {} installed, {} late, {} missed, {} faults, {}\n",
+            restore["id"],
+            restore["pid"],
+            restore["mode"].as_str().unwrap_or_default(),
+            restore["planned_pages"],
+            restore["prefetched_pages"],
+            restore["late_pages"],
+            restore["missed_pages"],
+            faults,
+            if restore["end"].is_null() {
+                "running".to_owned()
+            } else {
+                restore["end"].to_string()
+            },
+        ));
+    }
+    lines
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `reapd` program.
+
+fn main() -> std::process::ExitCode {
+    reap_tools::daemon::main()
+}

@@ -113,7 +113,9 @@ pub struct Run {
 fn parse_mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).map_err(|_| "write octal digits, such as 0600")?;
     if mode & !0o770 != 0 {
-        return Err("a socket that everybody may write to would hand guest memory to anybody".into());
+        return Err(
+            "a socket that everybody may write to would hand guest memory to anybody".into()
+        );
     }
     Ok(mode)
 }

@@ -20,7 +20,9 @@ pub(super) async fn request(
 ) -> Result<Value> {
     let socket = run_dir.join("api.sock");
     let stream = tokio::net::UnixStream::connect(&socket).await.map_err(|error| {
-        let text = format!("no daemon answers here ({error}): is 'reapd run' running with this --run-dir?");
+        let text = format!(
+            "no daemon answers here ({error}): is 'reapd run' running with this --run-dir?"
+        );
         Error::not_found(socket.display(), text)
     })?;
     let (mut sender, connection) =

@@ -1,0 +1,246 @@
+//! Mounting, unmounting, and what can be wrong with a mount point.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, Session, SessionACL};
+use reap_store::Node;
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::shim::{Poisoned, Shim};
+
+/// File system type in the mount table.
+const TYPE: &str = "fuse.reap";
+/// The kernel reads ahead at most so much for a sequential reader. A quarter as much costs a
+/// streaming reader half its speed, see `docs/decisions/0002-mount-readahead.md`.
+const READAHEAD_BYTES: u32 = 1 << 20;
+/// FUSE threads at most: they only look up and hand on.
+const MAX_THREADS: usize = 4;
+
+/// How the mount is set up.
+#[derive(Clone, Debug)]
+pub struct MountConfig {
+    /// An empty directory; made if it is not there.
+    pub mount_point: PathBuf,
+    /// Refuse to open files for writing, as a read-only file system does.
+    pub refuse_write_open: bool,
+}
+
+/// Why the store cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// Something is mounted there.
+    #[error("{0}: something is mounted here already: unmount it or choose another directory")]
+    InUse(PathBuf),
+    /// It has files.
+    #[error("{0}: the mount point is not empty: choose an empty directory")]
+    NotEmpty(PathBuf),
+    /// It is no directory.
+    #[error("{0}: the mount point is not a directory")]
+    NotADirectory(PathBuf),
+    /// The kernel refused.
+    #[error("{0}: {1}")]
+    System(PathBuf, std::io::Error),
+    /// No FUSE here, or not for us.
+    #[error(
+        "{0}: cannot mount: {1}: is /dev/fuse there and may this user open it (ls -l /dev/fuse; modprobe fuse)?"
+    )]
+    Fuse(PathBuf, std::io::Error),
+}
+
+/// How a mount ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopOutcome {
+    /// Nobody used it.
+    Clean,
+    /// Somebody still used it when the time was over: they get errors from now on.
+    Aborted,
+}
+
+/// A mount in service.
+pub struct Mount {
+    session: Option<BackgroundSession>,
+    path: PathBuf,
+    /// Minor number of its device, by which the kernel's control files call it.
+    minor: Option<u32>,
+}
+
+impl Mount {
+    /// Mounts. A dead mount of ours, left by a killed process, is cleared away first.
+    pub fn start(node: Node, config: &MountConfig) -> Result<Self, MountError> {
+        let path = prepare(&config.mount_point)?;
+        let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        let (poisoned, receiver) = sync_channel(1024);
+        let shim = Shim::new(node, owner, READAHEAD_BYTES, poisoned);
+        let mut options = Config::default();
+        options.mount_options = vec![
+            MountOption::FSName("reap".into()),
+            MountOption::Subtype("reap".into()),
+            MountOption::DefaultPermissions,
+            MountOption::NoSuid,
+            MountOption::NoDev,
+            MountOption::NoAtime,
+        ];
+        if config.refuse_write_open {
+            options.mount_options.push(MountOption::RO);
+        }
+        if owner.0 == 0 {
+            // VMMs run as users of their own.
+            options.acl = SessionACL::All;
+        }
+        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        options.n_threads = Some(threads.clamp(2, MAX_THREADS));
+        options.clone_fd = true;
+        let fuse = |error| MountError::Fuse(path.clone(), error);
+        let session = Session::new(shim, &path, &options).map_err(fuse)?.spawn().map_err(fuse)?;
+        let notifier = session.notifier();
+        let system = |error| MountError::System(path.clone(), error);
+        std::thread::Builder::new()
+            .name("invalidate".into())
+            .spawn(move || drop_poisoned(&notifier, &receiver))
+            .map_err(system)?;
+        let minor = mounts_at(&path).last().and_then(|mount| mount.minor);
+        if let Some(minor) = minor {
+            set_readahead(minor);
+        }
+        Ok(Self { session: Some(session), path, minor })
+    }
+
+    /// Where it is mounted, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unmounts. While somebody uses it, waits for up to `grace`, serving on; then takes it away.
+    pub fn stop(mut self, grace: Duration) -> StopOutcome {
+        self.end(grace)
+    }
+
+    fn end(&mut self, grace: Duration) -> StopOutcome {
+        let Some(session) = self.session.take() else { return StopOutcome::Clean };
+        let by = Instant::now() + grace;
+        let outcome = loop {
+            match unmount(&self.path, UnmountFlags::NOFOLLOW) {
+                Err(rustix::io::Errno::BUSY) if Instant::now() < by => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(rustix::io::Errno::BUSY) => {
+                    self.abort();
+                    break StopOutcome::Aborted;
+                }
+                Err(error) => {
+                    tracing::warn!("{}: unmount: {error}", self.path.display());
+                    self.abort();
+                    break StopOutcome::Aborted;
+                }
+                Ok(()) => break StopOutcome::Clean,
+            }
+        };
+        if let Err(error) = session.join() {
+            tracing::debug!("{}: {error}", self.path.display());
+        }
+        outcome
+    }
+
+    fn abort(&self) {
+        tracing::warn!("{}: in use: taken away from its users", self.path.display());
+        // Detached first, so that nobody comes in any more.
+        unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).unwrap_or_default();
+        if let Some(minor) = self.minor {
+            let file = format!("/sys/fs/fuse/connections/{minor}/abort");
+            if let Err(error) = std::fs::write(&file, "1") {
+                tracing::warn!("{file}: {error}: mount fusectl there to let a busy mount go");
+            }
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.end(Duration::ZERO);
+    }
+}
+
+/// Whether `path`, or what it will be once made, lies at or under `mount_point`: a daemon that
+/// reads through its own mount waits for itself.
+pub fn is_under(path: &Path, mount_point: &Path) -> bool {
+    resolved(path).starts_with(resolved(mount_point))
+}
+
+/// The path without symbolic links, as far as it exists.
+fn resolved(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for ancestor in absolute.ancestors() {
+        if let Ok(real) = ancestor.canonicalize()
+            && let Ok(rest) = absolute.strip_prefix(ancestor)
+        {
+            return real.join(rest);
+        }
+    }
+    absolute
+}
+
+fn prepare(mount_point: &Path) -> Result<PathBuf, MountError> {
+    let system = |error| MountError::System(mount_point.to_owned(), error);
+    let absolute = std::path::absolute(mount_point).map_err(system)?;
+    // Asking the file system about a dead mount only gives ENOTCONN: the table knows it.
+    if std::fs::metadata(&absolute).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+        && mounts_at(&absolute).last().is_some_and(|mount| mount.kind == TYPE)
+    {
+        tracing::warn!("{}: a dead mount of ours is cleared away", absolute.display());
+        unmount(&absolute, UnmountFlags::DETACH).map_err(|error| system(error.into()))?;
+    }
+    match std::fs::metadata(&absolute) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(&absolute).map_err(system)?;
+        }
+        Err(error) => return Err(system(error)),
+        Ok(metadata) if !metadata.is_dir() => return Err(MountError::NotADirectory(absolute)),
+        Ok(_) => {}
+    }
+    let path = absolute.canonicalize().map_err(system)?;
+    if !mounts_at(&path).is_empty() {
+        return Err(MountError::InUse(path));
+    }
+    match std::fs::read_dir(&path).map_err(system)?.next() {
+        None => Ok(path),
+        Some(_) => Err(MountError::NotEmpty(path)),
+    }
+}
+
+struct Mounted {
+    kind: String,
+    minor: Option<u32>,
+}
+
+/// What is mounted at exactly `path`, lowest first.
+fn mounts_at(path: &Path) -> Vec<Mounted> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let at = |line: &str| {
+        let (left, right) = line.split_once(" - ")?;
+        let fields: Vec<&str> = left.split(' ').collect();
+        let place = fields.get(4)?.replace("\\040", " ").replace("\\134", "\\");
+        let minor = fields.get(2)?.split_once(':').and_then(|(_, minor)| minor.parse().ok());
+        let kind = right.split(' ').next()?.to_owned();
+        (Path::new(&place) == path).then_some(Mounted { kind, minor })
+    };
+    table.lines().filter_map(at).collect()
+}
+
+/// The kernel starts every FUSE mount at 128 KiB, whatever was agreed on.
+fn set_readahead(minor: u32) {
+    let file = format!("/sys/class/bdi/0:{minor}/read_ahead_kb");
+    if let Err(error) = std::fs::write(&file, (READAHEAD_BYTES / 1024).to_string()) {
+        tracing::debug!("{file}: {error}");
+    }
+}
+
+/// Drops pages that somebody dirtied, until the mount ends.
+fn drop_poisoned(notifier: &Notifier, receiver: &Receiver<Poisoned>) {
+    while let Ok((ino, offset, length)) = receiver.recv() {
+        if let Err(error) = notifier.inval_inode(INodeNo(ino), offset, length) {
+            tracing::error!("inode {ino}: dirtied pages cannot be dropped: {error}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The HTTP API on the Unix socket.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, put};
+use axum::{Json, Router};
+use reap_store::{Error, ErrorKind, Name};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::prepared::{Daemon, PrepareMode};
+
+/// All routes. `docs/OPERATIONS.md` describes them.
+pub(super) fn router(daemon: Arc<Daemon>) -> Router {
+    Router::new()
+        .route("/snapshots", get(list))
+        .route("/snapshots/{name}", put(prepare).delete(release))
+        .route("/restores", get(restores))
+        .route("/restores/{id}/settle", put(settle))
+        .fallback(|| async {
+            Failure(Error::not_found("the path", "there is no such route")).into_response()
+        })
+        .with_state(daemon)
+}
+
+/// The body of a prepare call; without one the mode is `auto`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Prepare {
+    #[serde(default)]
+    mode: PrepareMode,
+}
+
+/// An error as its status and `{"error": line}`.
+struct Failure(Error);
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = match self.0.kind() {
+            ErrorKind::Invalid => StatusCode::BAD_REQUEST,
+            ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::Exists | ErrorKind::Refused => StatusCode::CONFLICT,
+            ErrorKind::Damaged => StatusCode::UNPROCESSABLE_ENTITY,
+            ErrorKind::Unreachable => StatusCode::BAD_GATEWAY,
+            ErrorKind::Local => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(json!({ "error": self.0.to_string() }))).into_response()
+    }
+}
+
+/// The kind of error that a status stands for.
+pub(super) fn kind_of(status: StatusCode) -> ErrorKind {
+    match status {
+        StatusCode::BAD_REQUEST => ErrorKind::Invalid,
+        StatusCode::NOT_FOUND => ErrorKind::NotFound,
+        StatusCode::CONFLICT => ErrorKind::Refused,
+        StatusCode::UNPROCESSABLE_ENTITY => ErrorKind::Damaged,
+        StatusCode::BAD_GATEWAY => ErrorKind::Unreachable,
+        _ => ErrorKind::Local,
+    }
+}
+
+async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(json!(daemon.snapshots()))
+}
+
+async fn restores(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(json!(daemon.restores()))
+}
+
+async fn prepare(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<String>,
+    body: String,
+) -> Result<Json<Value>, Failure> {
+    let name: Name = name.parse().map_err(Failure)?;
+    let request: Prepare = match body.trim() {
+        "" => Prepare::default(),
+        text => serde_json::from_str(text).map_err(|error| {
+            let remedy = r#"send {"mode": "auto" | "record" | "prefetch" | "demand"}"#;
+            Failure(Error::invalid("the body", format!("{error}: {remedy}")))
+        })?,
+    };
+    let description = daemon.prepare(name, request.mode).await.map_err(Failure)?;
+    Ok(Json(json!(description)))
+}
+
+async fn release(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
+    let name: Name = name.parse().map_err(Failure)?;
+    match daemon.release(&name).await {
+        true => Ok(Json(json!({ "released": name }))),
+        false => Err(Failure(Error::not_found(&name, "the snapshot is not prepared"))),
+    }
+}
+
+async fn settle(
+    State(daemon): State<Arc<Daemon>>,
+    Path(id): Path<u64>,
+) -> Result<Json<Value>, Failure> {
+    match daemon.server.settle(id) {
+        true => Ok(Json(json!({ "settled": id }))),
+        false => {
+            let text = "there is no such restore, or it records nothing";
+            Err(Failure(Error::not_found(format!("restore {id}"), text)))
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! `reapd run`: start, serve, stop.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use reap_fs::{Mount, MountConfig, MountError, StopOutcome, is_under};
+use reap_prefetcher::{Server, ServerConfig};
+use reap_store::{Error, Name, Node, NodeConfig};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::arguments::Run;
+use super::prepared::{Daemon, PrepareMode};
+use crate::output::size;
+
+/// How long users of the mount may go on after SIGTERM.
+const MOUNT_GRACE: Duration = Duration::from_secs(2);
+
+pub(super) fn run(arguments: &Run) -> Result<()> {
+    start_log();
+    let names: Vec<Name> =
+        arguments.prepare.iter().map(|name| name.parse()).collect::<Result<_, _>>()?;
+    check_places(arguments)?;
+    let run_dir = RunDir::make(&arguments.run_dir)?;
+    let node = Node::start(&NodeConfig {
+        store_url: arguments.store.clone(),
+        cache_dir: Some(arguments.cache.clone()),
+        disk_cache_bytes: arguments.cache_size,
+        disk_free_floor_bytes: arguments.cache_free_floor,
+        memory_cache_bytes: arguments.memory_cache,
+    })?;
+    let server = Server::start(ServerConfig {
+        socket_mode: arguments.socket_mode,
+        socket_uid: arguments.socket_uid,
+        fault_deadline: Duration::from_secs(arguments.fault_deadline),
+        settle: Duration::from_secs(arguments.settle),
+        ..ServerConfig::default()
+    })
+    .map_err(|error| Error::local("userfaultfd server", error))?;
+    let mount = MountConfig {
+        mount_point: arguments.mount.clone(),
+        refuse_write_open: arguments.refuse_write_open,
+    };
+    let mount = Mount::start(node.clone(), &mount).map_err(|error| match error {
+        MountError::System(..) | MountError::Fuse(..) => Error::local("mount", error),
+        _ => Error::refused("mount", error),
+    })?;
+    tracing::info!(
+        "serving {} on {}: memory cache {}, disk cache {}",
+        arguments.store,
+        mount.path().display(),
+        size(arguments.memory_cache),
+        size(arguments.cache_size)
+    );
+    let sockets = run_dir.path.join("uffd");
+    let mount_path = mount.path().to_owned();
+    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets));
+    let served = node.block_on(serve(&daemon, &run_dir, names));
+    stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
+    drop(run_dir);
+    served
+}
+
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("REAP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+}
+
+/// A daemon must not wait for its own mount.
+fn check_places(arguments: &Run) -> Result<(), Error> {
+    let mut places = vec![("the cache", arguments.cache.clone())];
+    places.push(("the run directory", arguments.run_dir.clone()));
+    if let Some(path) = arguments.store.strip_prefix("file://") {
+        places.push(("the store", PathBuf::from(path)));
+    }
+    for (what, place) in places {
+        if is_under(&place, &arguments.mount) {
+            let text = format!("{what} lies under the mount point: choose another directory");
+            return Err(Error::invalid(place.display(), text));
+        }
+    }
+    Ok(())
+}
+
+/// The run directory and what we put there, taken away on drop.
+struct RunDir {
+    path: PathBuf,
+    /// Held for its lock.
+    _lock: std::fs::File,
+}
+
+impl RunDir {
+    fn make(path: &Path) -> Result<Self, Error> {
+        let local = |error: std::io::Error| Error::local(path.display(), error);
+        std::fs::create_dir_all(path.join("uffd")).map_err(local)?;
+        let path = path.canonicalize().map_err(local)?;
+        let lock = std::fs::File::create(path.join("lock")).map_err(local)?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+            |_| Error::refused(path.display(), "another reapd runs with this run directory"),
+        )?;
+        let run_dir = Self { path, _lock: lock };
+        // Left by a killed daemon; the lock says that it is gone.
+        run_dir.clear();
+        Ok(run_dir)
+    }
+
+    fn clear(&self) {
+        for name in ["ready", "api.sock"] {
+            let path = self.path.join(name);
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!("{}: {error}", path.display());
+            }
+        }
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Result<()> {
+    // Before anything is ready: a signal that comes early ends us cleanly too.
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let ended = async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    };
+    let api = run_dir.path.join("api.sock");
+    let listener = UnixListener::bind(&api).map_err(|error| Error::local(api.display(), error))?;
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&api, private)?;
+    let ready = async {
+        for name in names {
+            daemon.prepare(name, PrepareMode::Auto).await?;
+        }
+        std::fs::write(run_dir.path.join("ready"), format!("{}\n", std::process::id()))?;
+        tracing::info!("ready");
+        Ok::<_, anyhow::Error>(())
+    };
+    let serving = axum::serve(listener, super::api::router(daemon.clone()));
+    tokio::select! {
+        served = async { tokio::try_join!(ready, async { Ok(serving.await?) }) } => {
+            served.map(|_| ())
+        }
+        () = ended => Ok(()),
+    }
+}
+
+/// VMs get their memory before the mount goes, because what they lack comes from the same store.
+fn stop(daemon: &Arc<Daemon>, mount: Mount, deadline: Duration) {
+    let (handed_over, ended) = daemon.server.stop(deadline);
+    if handed_over + ended > 0 {
+        tracing::info!("{handed_over} VMs have all their memory and go on, {ended} were ended");
+    }
+    if mount.stop(MOUNT_GRACE) == StopOutcome::Aborted {
+        tracing::warn!("the mount was in use: its users get errors from now on");
+    }
+    daemon.node.block_on(daemon.node.release_pins());
+    tracing::info!("stopped");
+}
