@@ -1,3 +1,4 @@
-//! The laboratory that the end-to-end tests and the demo share.
+//! The guest laboratory and the worker that the end-to-end tests and the demo share.
 
 pub mod lab;
+pub mod worker;
