@@ -10,7 +10,7 @@ for device in /dev/fuse /dev/userfaultfd; do
         exit 1
     fi
 done
-mounts() { grep -c ' - fuse.reap ' /proc/self/mountinfo; }
+mounts() { grep -c ' - fuse[^ ]* reap ' /proc/self/mountinfo; }
 before=$(mounts)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

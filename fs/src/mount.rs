@@ -10,8 +10,8 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use crate::shim::{Poisoned, Shim};
 
-/// File system type in the mount table.
-const TYPE: &str = "fuse.reap";
+/// What the mount table calls the source of our mounts.
+const SOURCE: &str = "reap";
 /// The kernel reads ahead at most so much for a sequential reader. A quarter as much costs a
 /// streaming reader half its speed, see `docs/decisions/0002-mount-readahead.md`.
 const READAHEAD_BYTES: u32 = 1 << 20;
@@ -62,8 +62,6 @@ pub enum StopOutcome {
 pub struct Mount {
     session: Option<BackgroundSession>,
     path: PathBuf,
-    /// Minor number of its device, by which the kernel's control files call it.
-    minor: Option<u32>,
 }
 
 impl Mount {
@@ -75,8 +73,7 @@ impl Mount {
         let shim = Shim::new(node, owner, READAHEAD_BYTES, poisoned);
         let mut options = Config::default();
         options.mount_options = vec![
-            MountOption::FSName("reap".into()),
-            MountOption::Subtype("reap".into()),
+            MountOption::FSName(SOURCE.into()),
             MountOption::DefaultPermissions,
             MountOption::NoSuid,
             MountOption::NoDev,
@@ -104,7 +101,7 @@ impl Mount {
         if let Some(minor) = minor {
             set_readahead(minor);
         }
-        Ok(Self { session: Some(session), path, minor })
+        Ok(Self { session: Some(session), path })
     }
 
     /// Where it is mounted, without symbolic links.
@@ -145,12 +142,12 @@ impl Mount {
 
     fn abort(&self) {
         tracing::warn!("{}: in use: taken away from its users", self.path.display());
-        // Detached first, so that nobody comes in any more.
-        unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).unwrap_or_default();
-        if let Some(minor) = self.minor {
-            let file = format!("/sys/fs/fuse/connections/{minor}/abort");
-            if let Err(error) = std::fs::write(&file, "1") {
-                tracing::warn!("{file}: {error}: mount fusectl there to let a busy mount go");
+        // Forced, which ends the connection: whoever waits for us gets an error and no one hangs.
+        // The mount itself is busy all the same, so it is detached.
+        for flags in [UnmountFlags::FORCE, UnmountFlags::DETACH] {
+            match unmount(&self.path, flags | UnmountFlags::NOFOLLOW) {
+                Ok(()) => return,
+                Err(error) => tracing::debug!("{}: {error}", self.path.display()),
             }
         }
     }
@@ -186,7 +183,7 @@ fn prepare(mount_point: &Path) -> Result<PathBuf, MountError> {
     let absolute = std::path::absolute(mount_point).map_err(system)?;
     // Asking the file system about a dead mount only gives ENOTCONN: the table knows it.
     if std::fs::metadata(&absolute).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
-        && mounts_at(&absolute).last().is_some_and(|mount| mount.kind == TYPE)
+        && mounts_at(&absolute).last().is_some_and(|mount| mount.is_ours)
     {
         tracing::warn!("{}: a dead mount of ours is cleared away", absolute.display());
         unmount(&absolute, UnmountFlags::DETACH).map_err(|error| system(error.into()))?;
@@ -210,7 +207,8 @@ fn prepare(mount_point: &Path) -> Result<PathBuf, MountError> {
 }
 
 struct Mounted {
-    kind: String,
+    is_ours: bool,
+    /// Minor number of its device, by which the kernel's control files call it.
     minor: Option<u32>,
 }
 
@@ -222,8 +220,9 @@ fn mounts_at(path: &Path) -> Vec<Mounted> {
         let fields: Vec<&str> = left.split(' ').collect();
         let place = fields.get(4)?.replace("\\040", " ").replace("\\134", "\\");
         let minor = fields.get(2)?.split_once(':').and_then(|(_, minor)| minor.parse().ok());
-        let kind = right.split(' ').next()?.to_owned();
-        (Path::new(&place) == path).then_some(Mounted { kind, minor })
+        let mut source = right.split(' ');
+        let is_ours = source.next()?.starts_with("fuse") && source.next()? == SOURCE;
+        (Path::new(&place) == path).then_some(Mounted { is_ours, minor })
     };
     table.lines().filter_map(at).collect()
 }

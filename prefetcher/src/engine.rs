@@ -71,7 +71,7 @@ impl Engine {
     }
 
     /// Takes a VM into service.
-    pub(crate) fn add(&self, vm: Arc<Vm>) -> std::io::Result<()> {
+    pub(crate) fn add(&self, vm: &Arc<Vm>) -> std::io::Result<()> {
         let id = vm.restore.id;
         self.vms.lock().insert(id, vm.clone());
         let watched = [(vm.uffd.as_fd(), Watched::Faults), (vm.vmm.as_fd(), Watched::Process)];

@@ -20,6 +20,15 @@
 //! A VM that cannot be served is ended through its pidfd, and the reason is logged and kept in its
 //! [`RestoreReport`]: a guest that hangs or reads wrong memory is worse than a dead one.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "tests count with small numbers"
+    )
+)]
+
 mod accept;
 mod engine;
 mod fault;

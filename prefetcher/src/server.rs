@@ -291,7 +291,7 @@ impl Shared {
             recording: Mutex::new(recording),
             planned,
         });
-        if let Err(error) = self.engine.add(vm.clone()) {
+        if let Err(error) = self.engine.add(&vm) {
             vm.kill(&format!("it cannot be watched: {error}"));
             return Err(socket_error(error));
         }

@@ -259,7 +259,7 @@ impl Fetcher {
                 {
                     disk.insert(spec.key(), stored.clone());
                 }
-                self.complete(&spec.key(), Ok(Frame::new(decoded)));
+                self.complete(&spec.key(), &Ok(Frame::new(decoded)));
             }
             Err(why) => {
                 self.0.counters.damaged_frames.fetch_add(1, Ordering::Relaxed);
@@ -273,7 +273,7 @@ impl Fetcher {
                 if read.from_cache || read.tries + 1 < READS_OF_DAMAGED {
                     self.begin(read.again(vec![*spec]));
                 } else {
-                    self.complete(&spec.key(), Err(Error::damaged(object, why)));
+                    self.complete(&spec.key(), &Err(Error::damaged(object, why)));
                 }
             }
         }
@@ -281,8 +281,8 @@ impl Fetcher {
     }
 
     /// Ends a flight: into memory first, then off the table, then the waiters.
-    fn complete(&self, key: &FrameKey, result: Result<Frame, Error>) {
-        if let Ok(frame) = &result {
+    fn complete(&self, key: &FrameKey, result: &Result<Frame, Error>) {
+        if let Ok(frame) = result {
             let evicted = self.0.memory.lock().insert(*key, frame.clone());
             drop(evicted);
         }
@@ -303,7 +303,7 @@ impl Drop for AbandonedFlight<'_> {
     fn drop(&mut self) {
         if let Some(key) = self.key.take() {
             let error = Error::local(key.0.key(), "decoding a frame panicked; this is a bug");
-            self.fetcher.complete(&key, Err(error));
+            self.fetcher.complete(&key, &Err(error));
         }
     }
 }

@@ -3,6 +3,15 @@
 //! Start reading at [`Snapshot`]: it is the one deep interface, "give me these frames, at this
 //! urgency". [`Node`] opens snapshots, [`pack`] writes them, [`format`] is every stored byte.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "tests count with small numbers"
+    )
+)]
+
 pub mod error;
 pub mod export;
 mod fetch;

@@ -105,7 +105,7 @@ impl Objects {
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         let error = match self.bulk.put_opts(&self.path(key), payload, options).await {
             Ok(_) => return Ok(()),
-            Err(error) => self.explain(key, error),
+            Err(error) => self.explain(key, &error),
         };
         if error.kind() != ErrorKind::Exists {
             return Err(error);
@@ -126,19 +126,19 @@ impl Objects {
     /// Writes an object whatever is there: leases and pins are renewed so, nothing else.
     pub async fn overwrite(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {
         let put = self.bulk.put(&self.path(key), PutPayload::from(bytes)).await;
-        put.map(|_| ()).map_err(|error| self.explain(key, error))
+        put.map(|_| ()).map_err(|error| self.explain(key, &error))
     }
 
     /// A whole object of at most `limit` bytes.
     pub async fn get(&self, key: &str, limit: u64) -> Result<Bytes, Error> {
         let options = GetOptions::default();
         let result = self.bulk.get_opts(&self.path(key), options).await;
-        let result = result.map_err(|error| self.explain(key, error))?;
+        let result = result.map_err(|error| self.explain(key, &error))?;
         if result.meta.size > limit {
             let text = format!("is {} bytes long, over the limit of {limit}", result.meta.size);
             return Err(Error::damaged(key, text));
         }
-        result.bytes().await.map_err(|error| self.explain(key, error))
+        result.bytes().await.map_err(|error| self.explain(key, &error))
     }
 
     /// A part of an object; shorter if the object ends before. `patient`: nobody waits for it.
@@ -150,13 +150,13 @@ impl Objects {
     ) -> Result<Bytes, Error> {
         let client = if patient { &self.bulk } else { &self.demand };
         let got = client.get_range(&self.path(key), range).await;
-        got.map_err(|error| self.explain(key, error))
+        got.map_err(|error| self.explain(key, &error))
     }
 
     /// The length of an object.
     pub async fn length(&self, key: &str) -> Result<u64, Error> {
         let head = self.bulk.head(&self.path(key)).await;
-        head.map(|meta| meta.size).map_err(|error| self.explain(key, error))
+        head.map(|meta| meta.size).map_err(|error| self.explain(key, &error))
     }
 
     /// Whether an object is there.
@@ -172,7 +172,7 @@ impl Objects {
     pub async fn list(&self, prefix: &str) -> Result<Vec<ListedObject>, Error> {
         let path = self.path(prefix.trim_end_matches('/'));
         let listed = self.bulk.list(Some(&path)).try_collect::<Vec<_>>().await;
-        let listed = listed.map_err(|error| self.explain(prefix, error))?;
+        let listed = listed.map_err(|error| self.explain(prefix, &error))?;
         let mut objects: Vec<_> = listed
             .into_iter()
             .filter_map(|meta| {
@@ -187,14 +187,14 @@ impl Objects {
     pub async fn delete(&self, key: &str) -> Result<(), Error> {
         match self.bulk.delete(&self.path(key)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.explain(key, error)),
+            Err(error) => Err(self.explain(key, &error)),
         }
     }
 
     /// Whether anything lies under the store's URL.
     pub async fn any(&self) -> Result<bool, Error> {
         let first = self.bulk.list(Some(&self.path(""))).try_next().await;
-        first.map(|object| object.is_some()).map_err(|error| self.explain("", error))
+        first.map(|object| object.is_some()).map_err(|error| self.explain("", &error))
     }
 
     fn path(&self, key: &str) -> object_store::path::Path {
@@ -208,9 +208,9 @@ impl Objects {
         Some(parts.join("/"))
     }
 
-    fn explain(&self, key: &str, error: object_store::Error) -> Error {
+    fn explain(&self, key: &str, error: &object_store::Error) -> Error {
         use object_store::Error as Source;
-        let kind = match &error {
+        let kind = match error {
             Source::NotFound { .. } => ErrorKind::NotFound,
             Source::AlreadyExists { .. } | Source::Precondition { .. } => ErrorKind::Exists,
             Source::PermissionDenied { .. } | Source::Unauthenticated { .. } => ErrorKind::Refused,
@@ -222,7 +222,7 @@ impl Objects {
         match kind {
             ErrorKind::NotFound => Error::not_found(object, "is not there"),
             ErrorKind::Exists => Error::exists(object, "is there already"),
-            _ => Error::new(kind, object, chain(&error)),
+            _ => Error::new(kind, object, chain(error)),
         }
     }
 }

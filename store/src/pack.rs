@@ -161,7 +161,7 @@ fn fill(
             let Some(scanned) = scans.pop_front() else { break };
             let block: Block = wait(&scanned)??;
             at.packed_bytes += block.bytes();
-            builder.add(block)?;
+            builder.add(&block)?;
             if progress(at).is_break() {
                 return Err(Error::refused(&request.name, "packing was interrupted"));
             }

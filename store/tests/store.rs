@@ -1,4 +1,12 @@
 //! The store over a real local directory: what is packed comes out again, and damage is noticed.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test binary counts with small numbers, and may print"
+)]
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;

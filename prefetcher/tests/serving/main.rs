@@ -1,4 +1,12 @@
 //! The server against a pretend VMM over real sockets, real userfaultfds and a real store.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a test binary counts with small numbers, and may print"
+)]
 #![expect(missing_docs, unreachable_pub, reason = "a test binary")]
 
 mod child;

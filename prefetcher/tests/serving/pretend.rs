@@ -42,9 +42,9 @@ pub struct PretendVm {
     socket: Option<UnixStream>,
 }
 
-// The memory belongs to the value; threads only read and advise it through methods.
+// SAFETY: the memory belongs to the value; threads reach it through methods alone.
 unsafe impl Send for PretendVm {}
-// See above.
+// SAFETY: as above; reads and advice may come from several threads, as in a VMM.
 unsafe impl Sync for PretendVm {}
 
 impl PretendVm {

@@ -137,7 +137,7 @@ impl Fetcher {
             Ok(bytes) => bytes,
             Err(error) => {
                 for spec in &read.frames {
-                    self.complete(&spec.key(), Err(error.clone()));
+                    self.complete(&spec.key(), &Err(error.clone()));
                 }
                 return;
             }
@@ -151,8 +151,9 @@ impl Fetcher {
             bytes.slice(from.min(to)..to)
         };
         let own = usize::from(on_decode_thread);
-        for spec in read.frames.iter().skip(own).copied() {
-            let (fetcher, read, stored) = (self.clone(), read.clone(), stored(&spec));
+        for spec in read.frames.iter().skip(own) {
+            let (fetcher, read, stored) = (self.clone(), read.clone(), stored(spec));
+            let spec = *spec;
             let urgency = self.urgency_now(&spec.key(), read.urgency);
             self.0.workers.submit(urgency, move || fetcher.finish(&spec, &stored, &read));
         }

@@ -67,7 +67,7 @@ impl<'a> Builder<'a> {
         self.next_page = 0;
     }
 
-    pub(super) fn add(&mut self, block: Block) -> Result<(), Error> {
+    pub(super) fn add(&mut self, block: &Block) -> Result<(), Error> {
         self.statistics.pages += block.pages;
         if block.page_ids.is_empty() {
             self.statistics.zero_pages += block.pages;

@@ -11,7 +11,7 @@ use crate::id::Hash;
 use crate::{Error, File, PAGE_SIZE};
 
 /// Pages that are read and hashed as one piece of work: 1 MiB.
-const SPAN_PAGES: u64 = 256;
+const SPAN_PAGES: usize = 256;
 
 /// Some neighbouring pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,8 +121,8 @@ impl SourceFile {
             }
             let hole =
                 if data < page_count { self.reader.next_hole(data)?.min(page_count) } else { data };
-            for first in (data..hole).step_by(SPAN_PAGES as usize) {
-                spans.push(Span::Data { first, pages: SPAN_PAGES.min(hole - first) });
+            for first in (data..hole).step_by(SPAN_PAGES) {
+                spans.push(Span::Data { first, pages: (SPAN_PAGES as u64).min(hole - first) });
             }
             page = hole;
         }
@@ -151,7 +151,7 @@ impl SpanReader {
             Span::Data { first, pages } => (first, pages),
         };
         let offset = first * PAGE_SIZE as u64;
-        let length = pages as usize * PAGE_SIZE;
+        let length = usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
         let wanted = usize::try_from(self.bytes - offset).unwrap_or(usize::MAX).min(length);
         let mut bytes = vec![0; length];
         self.file.read_exact_at(&mut bytes[..wanted], offset).map_err(|error| {

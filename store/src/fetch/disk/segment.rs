@@ -159,7 +159,8 @@ fn scan(file: &File, bytes: u64) -> std::io::Result<Vec<Record>> {
     let mut reader = BufReader::new(file);
     let mut records = Vec::new();
     let mut at = 0;
-    let mut head = [0; RECORD_BYTES as usize];
+    let mut head = [0; 48];
+    debug_assert_eq!(head.len() as u64, RECORD_BYTES);
     while at + RECORD_BYTES <= bytes {
         reader.seek(SeekFrom::Start(at))?;
         reader.read_exact(&mut head)?;
