@@ -1,92 +1,53 @@
-//! The trace of a restore: which pages were touched first, in order, with times.
-//!
-//! Only faults are recorded. What we install unasked (prefetch, neighbours, populating) is not a
-//! touch, or a set could only ever grow.
+//! A recording: the first touches of a restore, in order, until no more come.
 
 use std::time::{Duration, Instant};
 
-use reap_store::{SnapshotId, Touch};
-use serde::Serialize;
+use reap_store::Touch;
 
-use crate::RestoreId;
 use crate::page_state::Bitmap;
 
-/// What a recording holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Coverage {
-    /// Every page that was touched.
-    All,
-    /// Only the touches that the prefetch did not spare: those outside its working set, and those
-    /// that came before it.
-    Residual,
-}
+/// Called once with what was recorded.
+pub type OnRecorded = Box<dyn FnOnce(Vec<Touch>) + Send>;
 
-/// First touches of one restore, in order.
-#[derive(Clone, Debug)]
-pub struct Recording {
-    /// The restore.
-    pub restore: RestoreId,
-    /// What it restored.
-    pub snapshot: SnapshotId,
-    /// Whether all touches are in it.
-    pub coverage: Coverage,
-    /// Whether touching had come to rest; else the VM ended, or the recording was stopped.
-    pub settled: bool,
-    /// The touches of the memory file.
-    pub touches: Vec<Touch>,
-}
-
-/// A recording in progress.
-pub(crate) struct Recorder {
-    coverage: Coverage,
+/// A recording under way.
+pub(crate) struct Recording {
     file: u32,
-    started: Instant,
-    last_touch: Option<Instant>,
-    /// By guest page, so that a page that faults twice is recorded once.
-    touched: Bitmap,
+    began: Instant,
     touches: Vec<Touch>,
+    seen: Bitmap,
+    last: Option<Instant>,
+    done: OnRecorded,
 }
 
-impl Recorder {
-    /// Nothing so far. `file` is the number of the memory file.
-    pub(crate) fn new(coverage: Coverage, file: u32, page_count: u64, started: Instant) -> Self {
-        let touched = Bitmap::new(page_count);
-        Self { coverage, file, started, last_touch: None, touched, touches: Vec::new() }
+impl Recording {
+    /// Of file number `file` of the snapshot, with `pages` pages.
+    pub(crate) fn new(file: u32, pages: u64, began: Instant, done: OnRecorded) -> Self {
+        Self { file, began, touches: Vec::new(), seen: Bitmap::new(pages), last: None, done }
     }
 
-    /// A fault on guest page `page`, which holds the file pages from `first_file_page` on. A 2 MiB
-    /// page is touched as a whole, because it can only be installed as a whole.
-    pub(crate) fn touch(&mut self, page: u64, first_file_page: u64, file_pages: u64, now: Instant) {
-        if self.touched.set(page..page + 1) == 0 {
-            return;
+    /// Notes a touch of some pages; how many are new.
+    pub(crate) fn touch(&mut self, first_page: u64, count: u64) -> u64 {
+        let at_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let before = self.touches.len();
+        for page in first_page..first_page + count {
+            if self.seen.set(page) {
+                self.touches.push(Touch { file: self.file, page, at_us });
+            }
         }
-        self.last_touch = Some(now);
-        let elapsed = now.saturating_duration_since(self.started);
-        let at_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        let file = self.file;
-        let pages = first_file_page..first_file_page + file_pages;
-        self.touches.extend(pages.map(|page| Touch { file, page, at_us }));
+        self.last = Some(Instant::now());
+        (self.touches.len() - before) as u64
     }
 
-    /// Whether there has been a touch, and none for `settle`.
-    pub(crate) fn is_settled(&self, settle: Duration, now: Instant) -> bool {
-        self.last_touch.is_some_and(|last| now.saturating_duration_since(last) >= settle)
+    /// Whether nothing new was touched for so long, after something was.
+    pub(crate) fn has_settled(&self, after: Duration) -> bool {
+        self.last.is_some_and(|last| last.elapsed() >= after)
     }
 
-    /// How many file pages it holds.
-    pub(crate) fn page_count(&self) -> u64 {
-        self.touches.len() as u64
-    }
-
-    /// Ends it.
-    pub(crate) fn finish(
-        self,
-        restore: RestoreId,
-        snapshot: SnapshotId,
-        settled: bool,
-    ) -> Recording {
-        Recording { restore, snapshot, coverage: self.coverage, settled, touches: self.touches }
+    /// Hands over what was recorded; an empty recording is nothing.
+    pub(crate) fn finish(self) {
+        if !self.touches.is_empty() {
+            (self.done)(self.touches);
+        }
     }
 }
 
@@ -95,25 +56,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recording_without_touches_never_settles() {
-        let start = Instant::now();
-        let mut recorder = Recorder::new(Coverage::All, 0, 100, start);
-        let settle = Duration::from_secs(2);
-        assert!(!recorder.is_settled(settle, start + Duration::from_secs(100)));
-        recorder.touch(7, 7, 1, start + Duration::from_secs(100));
-        assert!(!recorder.is_settled(settle, start + Duration::from_secs(101)));
-        assert!(recorder.is_settled(settle, start + Duration::from_secs(102)));
-    }
-
-    #[test]
-    fn only_first_touches_count_and_order_stays() {
-        let start = Instant::now();
-        let mut recorder = Recorder::new(Coverage::All, 0, 100, start);
-        for page in [9, 3, 9, 4, 3] {
-            recorder.touch(page, page + 1000, 1, start);
-        }
-        let recording = recorder.finish(RestoreId(1), SnapshotId::random(), true);
-        let pages: Vec<_> = recording.touches.iter().map(|touch| touch.page).collect();
-        assert_eq!(pages, [1009, 1003, 1004]);
+    fn pages_are_recorded_once_in_order() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let done = Box::new(move |touches| sender.send(touches).expect("receiver"));
+        let mut recording = Recording::new(2, 100, Instant::now(), done);
+        assert!(!recording.has_settled(Duration::ZERO), "nothing was touched yet");
+        assert_eq!(recording.touch(7, 1), 1);
+        assert_eq!(recording.touch(3, 2), 2);
+        assert_eq!(recording.touch(7, 1), 0);
+        assert!(recording.has_settled(Duration::ZERO));
+        assert!(!recording.has_settled(Duration::from_secs(60)));
+        recording.finish();
+        let pages: Vec<_> = receiver
+            .recv()
+            .expect("recorded")
+            .iter()
+            .map(|touch| (touch.file, touch.page))
+            .collect();
+        assert_eq!(pages, vec![(2, 7), (2, 3), (2, 4)]);
     }
 }

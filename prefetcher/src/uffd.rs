@@ -1,212 +1,170 @@
-//! The one wrapper of the kernel's userfaultfd interface, with outcomes by name.
+//! The one wrapper of the userfaultfd: ioctls in, named outcomes out.
 //!
-//! Quirks that stay in this file:
-//!
-//! - The `userfaultfd` crate reports every EAGAIN of COPY as `PartiallyCopied(n)`, where `n` is
-//!   bytes of progress or, as a huge number, a negative errno.
-//! - It drops the progress of a partial ZEROPAGE altogether, so that ioctl is issued here.
-//! - Its `into_raw_fd` closes the descriptor; it is never called.
-#![expect(unsafe_code, reason = "wraps the userfaultfd ioctls on another process's memory")]
+//! The `userfaultfd` crate reports EAGAIN, partial progress and a negative errno all as
+//! `PartiallyCopied(n)`; that is taken apart here and nowhere else.
+
+#![expect(unsafe_code, reason = "wraps the userfaultfd ioctls")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
-use userfaultfd::{Error, Event, EventBuffer, FaultKind, Uffd};
+use userfaultfd::{Error, Event, EventBuffer};
 
-/// What became of an attempt to fill missing pages.
-#[derive(Debug)]
+const EAGAIN: i32 = libc::EAGAIN;
+
+/// What an install came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// This many bytes, at least a page, are in and their waiters woken. Less than asked for means
-    /// that the next page has a different outcome: ask again from there.
+    /// So many bytes are there now, and whoever waited for them is awake. It may be fewer than
+    /// asked for: the first byte that is missing tells why when it is tried.
     Installed(u64),
-    /// The first page is present already. Its waiters are *not* woken.
+    /// The first page was there before. Nobody was woken.
     AlreadyThere,
-    /// Nothing was done, because the VMM is in the middle of changing its mappings (there may be an
-    /// unread remove event). Ask again later.
+    /// A REMOVE has not been read yet, or the mappings are changing: try again later.
     Again,
-    /// The VMM's memory is gone.
+    /// The process has no memory any more.
     Gone,
-    /// There is no memory for the page: the huge page pool is empty.
+    /// Nothing is mapped or registered there.
+    NotMapped,
+    /// No memory for the page; for 2 MiB pages the pool is empty.
     NoMemory,
-    /// The range is not (or no longer) mapped and registered.
-    Unmapped,
-    /// Anything else.
-    Refused(io::Error),
+    /// What should not happen.
+    Failed(i32),
 }
 
-/// An event that somebody in the VMM waits for.
+impl Outcome {
+    fn of_errno(errno: i32) -> Self {
+        match errno {
+            libc::EEXIST => Self::AlreadyThere,
+            EAGAIN => Self::Again,
+            libc::ESRCH => Self::Gone,
+            libc::ENOENT => Self::NotMapped,
+            libc::ENOSPC | libc::ENOMEM => Self::NoMemory,
+            other => Self::Failed(other),
+        }
+    }
+
+    fn of_error(error: &Error) -> Self {
+        match error {
+            Error::PartiallyCopied(n) => match i64::try_from(*n) {
+                Ok(0) => Self::Again,
+                Ok(bytes) => Self::Installed(bytes.unsigned_abs()),
+                // The kernel wrote a negative errno into the count.
+                Err(_) => Self::of_errno(i32::try_from(n.wrapping_neg()).unwrap_or(libc::EIO)),
+            },
+            Error::CopyFailed(errno) | Error::ZeropageFailed(errno) => {
+                Self::of_errno(*errno as i32)
+            }
+            Error::SystemError(errno) => Self::of_errno(*errno as i32),
+            _ => Self::Failed(libc::EIO),
+        }
+    }
+}
+
+/// What the kernel tells of a VM's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MemoryEvent {
-    /// A thread touched the missing page at this address.
+    /// A thread waits at this address.
     Fault(u64),
-    /// The VMM gave the addresses `start..end` back.
-    Removed {
-        /// First address.
-        start: u64,
-        /// First address after it.
-        end: u64,
-    },
+    /// The guest's pages from the first to before the second address are gone: zeros from now on.
+    Removed(u64, u64),
+    /// The mapping moved or was copied, which this protocol has no words for.
+    Unsupported(&'static str),
 }
 
-/// Where events are read to.
-pub(crate) struct Events {
-    buffer: EventBuffer,
-}
+/// A userfaultfd that a VMM gave us.
+pub(crate) struct Uffd(userfaultfd::Uffd);
 
-/// Messages taken by one read. A VM has about as many faults at once as vCPUs.
-const EVENTS_PER_READ: usize = 64;
-
-impl Events {
-    /// An empty buffer.
-    pub(crate) fn new() -> Self {
-        Self { buffer: EventBuffer::new(EVENTS_PER_READ) }
-    }
-}
-
-/// The memory of a VMM, through the userfaultfd that it handed over.
-pub(crate) struct GuestMemory {
-    uffd: Uffd,
-}
-
-impl GuestMemory {
-    /// Takes over a descriptor that was checked to be a userfaultfd; makes it non-blocking.
+impl Uffd {
+    /// Takes over `fd`, which must be a userfaultfd, and makes it non-blocking.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
-        let flags = fcntl_getfl(&fd)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        // SAFETY: the descriptor is open and owned; its ownership moves into the `Uffd`.
-        let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Ok(Self { uffd })
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        let raw = fd.into_raw_fd();
+        // SAFETY: `raw` was owned by `fd`, which gave it up; it is owned by the wrapper from here.
+        Ok(Self(unsafe { userfaultfd::Uffd::from_raw_fd(raw) }))
     }
 
-    /// Reads some pending events; `Ok(false)` if there was none.
+    /// Installs `bytes` (whole guest pages) at `address` and wakes who waits for them.
+    pub(crate) fn copy(&self, address: u64, bytes: &[u8]) -> Outcome {
+        let destination = address as *mut libc::c_void;
+        // SAFETY: the kernel reads `bytes`, which is borrowed for the call, and writes only into
+        // ranges that the other process registered with this descriptor.
+        let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), destination, bytes.len(), true) };
+        copied.map_or_else(
+            |error| Outcome::of_error(&error),
+            |bytes| Outcome::Installed(bytes as u64),
+        )
+    }
+
+    /// Installs zeros. Only for 4 KiB pages: the kernel has no huge zero page to give away.
+    pub(crate) fn zero(&self, address: u64, bytes: u64) -> Outcome {
+        let Ok(length) = usize::try_from(bytes) else { return Outcome::Failed(libc::EINVAL) };
+        let start = address as *mut libc::c_void;
+        // SAFETY: the kernel writes only into ranges that the other process registered with this
+        // descriptor; nothing of this process is touched.
+        let zeroed = unsafe { self.0.zeropage(start, length, true) };
+        zeroed.map_or_else(
+            |error| Outcome::of_error(&error),
+            |bytes| Outcome::Installed(bytes as u64),
+        )
+    }
+
+    /// Wakes threads that wait in a range.
+    pub(crate) fn wake(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.0.wake(address as *mut libc::c_void, length).map_err(io::Error::other)
+    }
+
+    /// Gives a range back to the kernel: what is missing there is zeros from now on.
+    pub(crate) fn unregister(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.0.unregister(address as *mut libc::c_void, length).map_err(io::Error::other)
+    }
+
+    /// Whether the other process's memory is there, without changing it: an install from an
+    /// address where nothing can be read fails in another way when it is not.
+    pub(crate) fn is_alive(&self, address: u64, page_bytes: u64) -> bool {
+        let length = usize::try_from(page_bytes).unwrap_or(usize::MAX);
+        let nowhere = std::ptr::null::<libc::c_void>();
+        // SAFETY: the kernel checks the source address, which is never mapped, and answers EFAULT;
+        // it installs nothing.
+        let tried = unsafe { self.0.copy(nowhere, address as *mut libc::c_void, length, false) };
+        !matches!(tried.map_err(|error| Outcome::of_error(&error)), Err(Outcome::Gone))
+    }
+
+    /// Appends what can be read now to `events`; whether there may be more.
     pub(crate) fn read(
         &self,
-        events: &mut Events,
-        mut handle: impl FnMut(MemoryEvent),
+        buffer: &mut EventBuffer,
+        events: &mut Vec<MemoryEvent>,
     ) -> io::Result<bool> {
-        let mut any = false;
-        for event in self.uffd.read_events(&mut events.buffer).map_err(into_io)? {
-            any = true;
-            handle(match event.map_err(into_io)? {
-                Event::Pagefault { kind: FaultKind::Missing, addr, .. } => {
-                    MemoryEvent::Fault(addr as u64)
-                }
-                // After an unmap nothing faults there; should the VMM map the place anew, the
-                // snapshot's bytes would be wrong in it.
+        let before = events.len();
+        for event in self.0.read_events(buffer).map_err(read_error)? {
+            events.push(match event.map_err(read_error)? {
+                Event::Pagefault { addr, .. } => MemoryEvent::Fault(addr as u64),
                 Event::Remove { start, end } | Event::Unmap { start, end } => {
-                    MemoryEvent::Removed { start: start as u64, end: end as u64 }
+                    MemoryEvent::Removed(start as u64, end as u64)
                 }
-                other => return Err(io::Error::other(format!("unsupported event {other:?}"))),
+                Event::Remap { .. } => MemoryEvent::Unsupported("guest memory was remapped"),
+                Event::Fork { .. } => MemoryEvent::Unsupported("the VMM forked"),
             });
         }
-        Ok(any)
-    }
-
-    /// Copies whole pages to the missing pages at `address` and wakes their waiters.
-    pub(crate) fn copy(&self, address: u64, bytes: &[u8]) -> Outcome {
-        let (source, target) = (bytes.as_ptr().cast(), address as *mut libc::c_void);
-        // SAFETY: `source` is valid for `bytes.len()`; `target` is an address in the VMM, not in
-        // this process, and the kernel checks it against what is registered there.
-        let copied = unsafe { self.uffd.copy(source, target, bytes.len(), true) };
-        match copied {
-            Ok(bytes) => Outcome::Installed(bytes as u64),
-            Err(Error::PartiallyCopied(progress)) => from_progress(progress.cast_signed() as i64),
-            Err(Error::CopyFailed(errno)) => from_errno(errno as i32),
-            Err(other) => Outcome::Refused(into_io(other)),
-        }
-    }
-
-    /// Maps zeros at the missing 4 KiB pages from `address` on and wakes their waiters.
-    pub(crate) fn zero(&self, address: u64, bytes: u64) -> Outcome {
-        let mut request = ZeroPage { start: address, bytes, mode: 0, progress: 0 };
-        // SAFETY: the descriptor is an open userfaultfd and `request` has the layout that this
-        // ioctl reads and writes; the address range is the VMM's and checked by the kernel.
-        let result =
-            unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut request) };
-        if result == 0 {
-            return Outcome::Installed(bytes);
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EAGAIN) => from_progress(request.progress),
-            Some(errno) => from_errno(errno),
-            None => Outcome::Refused(error),
-        }
-    }
-
-    /// Wakes all threads that wait for pages in the range.
-    pub(crate) fn wake(&self, address: u64, bytes: u64) -> io::Result<()> {
-        self.uffd.wake(address as *mut libc::c_void, length(bytes)).map_err(into_io)
-    }
-
-    /// Lets go of the range: threads that wait for it continue, and missing pages become zeros.
-    pub(crate) fn unregister(&self, address: u64, bytes: u64) -> io::Result<()> {
-        self.uffd.unregister(address as *mut libc::c_void, length(bytes)).map_err(into_io)
+        Ok(events.len() > before)
     }
 }
 
-impl AsFd for GuestMemory {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.uffd.as_fd()
-    }
-}
-
-/// `struct uffdio_zeropage` of linux/userfaultfd.h.
-#[repr(C)]
-struct ZeroPage {
-    start: u64,
-    bytes: u64,
-    mode: u64,
-    /// Bytes done, or a negative errno.
-    progress: i64,
-}
-
-/// `_IOWR(0xAA, 0x04, struct uffdio_zeropage)`.
-const UFFDIO_ZEROPAGE: libc::Ioctl = 0xc020_aa04;
-
-fn from_progress(progress: i64) -> Outcome {
-    match u64::try_from(progress) {
-        Ok(0) => Outcome::Again,
-        Ok(bytes) => Outcome::Installed(bytes),
-        Err(_) => from_errno(i32::try_from(-progress).unwrap_or(libc::EIO)),
-    }
-}
-
-fn from_errno(errno: i32) -> Outcome {
-    match errno {
-        libc::EAGAIN => Outcome::Again,
-        libc::EEXIST => Outcome::AlreadyThere,
-        libc::ESRCH => Outcome::Gone,
-        libc::ENOSPC | libc::ENOMEM => Outcome::NoMemory,
-        libc::ENOENT => Outcome::Unmapped,
-        other => Outcome::Refused(io::Error::from_raw_os_error(other)),
-    }
-}
-
-fn into_io(error: Error) -> io::Error {
+fn read_error(error: Error) -> io::Error {
     match error {
         Error::SystemError(errno) => io::Error::from_raw_os_error(errno as i32),
         other => io::Error::other(other),
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "userfaultfd exists on 64-bit Linux only here")]
-const fn length(bytes: u64) -> usize {
-    bytes as usize
-}
-
-/// Whether the descriptor is a userfaultfd that the VMM has initialised.
-pub(crate) fn is_ready(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let flags = fcntl_getfl(fd)?;
-    fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
-    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    match poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-        Ok(_) => Ok(!polled[0].revents().contains(PollFlags::ERR)),
-        Err(Errno::INTR) => Ok(true),
-        Err(errno) => Err(errno.into()),
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self` is, which the borrow does not outlive.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }
 
@@ -215,19 +173,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn negative_progress_is_an_errno() {
-        let again = -i64::from(libc::EAGAIN);
-        assert!(matches!(from_progress(again), Outcome::Again));
-        assert!(matches!(from_progress(-i64::from(libc::EEXIST)), Outcome::AlreadyThere));
-        assert!(matches!(from_progress(-i64::from(libc::ESRCH)), Outcome::Gone));
-        assert!(matches!(from_progress(8192), Outcome::Installed(8192)));
-        assert!(matches!(from_progress(0), Outcome::Again));
-    }
-
-    #[test]
-    fn empty_huge_page_pool_has_a_name() {
-        assert!(matches!(from_errno(libc::ENOSPC), Outcome::NoMemory));
-        assert!(matches!(from_errno(libc::ENOMEM), Outcome::NoMemory));
-        assert!(matches!(from_errno(libc::EIO), Outcome::Refused(_)));
+    fn the_crates_counts_are_taken_apart() {
+        let negative = |errno: i32| Error::PartiallyCopied((-i64::from(errno)) as usize);
+        assert_eq!(Outcome::of_error(&Error::PartiallyCopied(8192)), Outcome::Installed(8192));
+        assert_eq!(Outcome::of_error(&Error::PartiallyCopied(0)), Outcome::Again);
+        assert_eq!(Outcome::of_error(&negative(libc::EAGAIN)), Outcome::Again);
+        assert_eq!(Outcome::of_error(&negative(libc::EEXIST)), Outcome::AlreadyThere);
+        assert_eq!(Outcome::of_error(&negative(libc::ESRCH)), Outcome::Gone);
+        assert_eq!(Outcome::of_error(&negative(libc::ENOSPC)), Outcome::NoMemory);
     }
 }
