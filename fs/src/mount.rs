@@ -12,8 +12,8 @@ use crate::shim::{Poisoned, Shim};
 
 /// What the mount table calls the source of our mounts.
 const SOURCE: &str = "reap";
-/// The kernel reads ahead at most so much for a sequential reader. A quarter as much costs a
-/// streaming reader half its speed, see `docs/decisions/0002-mount-readahead.md`.
+/// The kernel reads ahead at most so much for a sequential reader, see
+/// `docs/decisions/0002-mount-readahead.md`.
 const READAHEAD_BYTES: u32 = 1 << 20;
 /// FUSE threads at most: they only look up and hand on.
 const MAX_THREADS: usize = 4;

@@ -64,7 +64,10 @@ impl Worker {
             .spawn()?;
         let mut worker = Self { child, directory: directory.to_owned() };
         let began = Instant::now();
-        while !worker.run_dir().join("ready").exists() {
+        // A killed daemon leaves its `ready` behind: it is this one's when it holds its process id.
+        let own = format!("{}\n", worker.child.id());
+        let ready = worker.run_dir().join("ready");
+        while std::fs::read_to_string(&ready).unwrap_or_default() != own {
             if let Some(status) = worker.child.try_wait()? {
                 bail!("reapd ended with {status}: {}", worker.log());
             }
