@@ -1,14 +1,16 @@
 //! Mounting, unmounting, and what can be wrong with a mount point.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, Session, SessionACL};
 use reap_store::Node;
 use rustix::mount::{UnmountFlags, unmount};
 
-use crate::shim::{Poisoned, Shim};
+use crate::poison::Poison;
+use crate::shim::Shim;
 
 /// What the mount table calls the source of our mounts.
 const SOURCE: &str = "reap";
@@ -17,6 +19,9 @@ const SOURCE: &str = "reap";
 const READAHEAD_BYTES: u32 = 1 << 20;
 /// FUSE threads at most: they only look up and hand on.
 const MAX_THREADS: usize = 4;
+/// The kernel ends our threads at once when the mount goes; where it could not be made to (not root,
+/// and somebody holds a file open), the process must be able to end all the same.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How the mount is set up.
 #[derive(Clone, Debug)]
@@ -62,6 +67,8 @@ pub enum StopOutcome {
 pub struct Mount {
     session: Option<BackgroundSession>,
     path: PathBuf,
+    poison: Arc<Poison>,
+    invalidator: Option<JoinHandle<()>>,
 }
 
 impl Mount {
@@ -69,11 +76,13 @@ impl Mount {
     pub fn start(node: Node, config: &MountConfig) -> Result<Self, MountError> {
         let path = prepare(&config.mount_point)?;
         let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-        let (poisoned, receiver) = sync_channel(1024);
-        let shim = Shim::new(node, owner, READAHEAD_BYTES, poisoned);
+        let poison = Arc::new(Poison::default());
+        let shim = Shim::new(node, owner, READAHEAD_BYTES, poison.clone());
         let mut options = Config::default();
         options.mount_options = vec![
             MountOption::FSName(SOURCE.into()),
+            // As text, because fuser keeps its own `Subtype` from a kernel that mounts directly.
+            MountOption::CUSTOM("subtype=reap".into()),
             MountOption::DefaultPermissions,
             MountOption::NoSuid,
             MountOption::NoDev,
@@ -92,16 +101,19 @@ impl Mount {
         let fuse = |error| MountError::Fuse(path.clone(), error);
         let session = Session::new(shim, &path, &options).map_err(fuse)?.spawn().map_err(fuse)?;
         let notifier = session.notifier();
-        let system = |error| MountError::System(path.clone(), error);
-        std::thread::Builder::new()
+        // From here on a failure unmounts, because `mount` is dropped.
+        let mut mount = Self { session: Some(session), path, poison, invalidator: None };
+        let poison = mount.poison.clone();
+        let invalidator = std::thread::Builder::new()
             .name("invalidate".into())
-            .spawn(move || drop_poisoned(&notifier, &receiver))
-            .map_err(system)?;
-        let minor = mounts_at(&path).last().and_then(|mount| mount.minor);
+            .spawn(move || drop_poisoned(&notifier, &poison))
+            .map_err(|error| MountError::System(mount.path.clone(), error))?;
+        mount.invalidator = Some(invalidator);
+        let minor = mounts_at(&mount.path).last().and_then(|mount| mount.minor);
         if let Some(minor) = minor {
             set_readahead(minor);
         }
-        Ok(Self { session: Some(session), path })
+        Ok(mount)
     }
 
     /// Where it is mounted, without symbolic links.
@@ -122,22 +134,52 @@ impl Mount {
                 Err(rustix::io::Errno::BUSY) if Instant::now() < by => {
                     std::thread::sleep(Duration::from_millis(50));
                 }
-                Err(rustix::io::Errno::BUSY) => {
-                    self.abort();
-                    break StopOutcome::Aborted;
+                Err(rustix::io::Errno::PERM) => {
+                    // Not root: fuser asks fusermount, which detaches; users keep what they have.
+                    return match self.join(by, move || session.umount_and_join()) {
+                        true => StopOutcome::Clean,
+                        false => StopOutcome::Aborted,
+                    };
                 }
                 Err(error) => {
-                    tracing::warn!("{}: unmount: {error}", self.path.display());
+                    if error != rustix::io::Errno::BUSY {
+                        tracing::warn!("{}: unmount: {error}", self.path.display());
+                    }
                     self.abort();
                     break StopOutcome::Aborted;
                 }
                 Ok(()) => break StopOutcome::Clean,
             }
         };
-        if let Err(error) = session.join() {
+        self.join(Instant::now() + JOIN_TIMEOUT, move || session.join());
+        outcome
+    }
+
+    /// Waits until `end` is done and our threads with it, but not after `by`.
+    fn join(
+        &mut self,
+        by: Instant,
+        end: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+    ) -> bool {
+        let ending = std::thread::spawn(end);
+        while !ending.is_finished() {
+            if Instant::now() >= by {
+                tracing::warn!("{}: still in use; ends with this process", self.path.display());
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if let Ok(Err(error)) = ending.join() {
             tracing::debug!("{}: {error}", self.path.display());
         }
-        outcome
+        // The connection has ended, so it waits for nothing but this.
+        self.poison.close();
+        if let Some(invalidator) = self.invalidator.take()
+            && invalidator.join().is_err()
+        {
+            tracing::error!("the invalidating thread panicked; this is a bug");
+        }
+        true
     }
 
     fn abort(&self) {
@@ -172,7 +214,8 @@ fn resolved(path: &Path) -> PathBuf {
         if let Ok(real) = ancestor.canonicalize()
             && let Ok(rest) = absolute.strip_prefix(ancestor)
         {
-            return real.join(rest);
+            // Joining nothing would add a slash, and a file with one is "not a directory".
+            return if rest.as_os_str().is_empty() { real } else { real.join(rest) };
         }
     }
     absolute
@@ -180,9 +223,12 @@ fn resolved(path: &Path) -> PathBuf {
 
 fn prepare(mount_point: &Path) -> Result<PathBuf, MountError> {
     let system = |error| MountError::System(mount_point.to_owned(), error);
-    let absolute = std::path::absolute(mount_point).map_err(system)?;
-    // Asking the file system about a dead mount only gives ENOTCONN: the table knows it.
-    if std::fs::metadata(&absolute).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+    // The mount table knows no symbolic links, and a dead mount itself cannot be resolved.
+    let absolute = resolved(mount_point);
+    // Asking the file system about a dead mount only gives ENOTCONN: the table knows it. Several
+    // may lie on each other.
+    while std::fs::metadata(&absolute)
+        .is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
         && mounts_at(&absolute).last().is_some_and(|mount| mount.is_ours)
     {
         tracing::warn!("{}: a dead mount of ours is cleared away", absolute.display());
@@ -236,8 +282,12 @@ fn set_readahead(minor: u32) {
 }
 
 /// Drops pages that somebody dirtied, until the mount ends.
-fn drop_poisoned(notifier: &Notifier, receiver: &Receiver<Poisoned>) {
-    while let Ok((ino, offset, length)) = receiver.recv() {
+fn drop_poisoned(notifier: &Notifier, poison: &Poison) {
+    while let Some((ino, range)) = poison.next() {
+        let offset = i64::try_from(range.start).unwrap_or(0);
+        tracing::error!("inode {ino} was written to through a mapping at {offset}; dropped");
+        // A length of zero would mean "to the end", which is right for what cannot be counted.
+        let length = i64::try_from(range.end - range.start).unwrap_or(0);
         if let Err(error) = notifier.inval_inode(INodeNo(ino), offset, length) {
             tracing::error!("inode {ino}: dirtied pages cannot be dropped: {error}");
         }

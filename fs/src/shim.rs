@@ -3,21 +3,22 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow,
-    WriteFlags,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 use reap_store::{Error, Name, Node, SnapshotId};
 
 use crate::errno;
+use crate::poison::Poison;
 use crate::read::{Seek, read, seek};
 use crate::tree::{
     Attributes, Entry, IDS, Inodes, NAMES, ROOT, directory_ino, file_ino, file_named,
@@ -30,9 +31,6 @@ const NAME_TTL: Duration = Duration::from_secs(1);
 /// Reads ahead that the kernel may have on their way: 64 MiB at 1 MiB each.
 const MAX_BACKGROUND: u16 = 64;
 
-/// A range that somebody dirtied through a shared mapping: inode, offset, length.
-pub(crate) type Poisoned = (u64, i64, i64);
-
 /// A name in a listing.
 type Listed = (u64, FileType, String);
 
@@ -41,7 +39,7 @@ pub(crate) struct Shim {
     pub(crate) node: Node,
     pub(crate) owner: (u32, u32),
     pub(crate) max_readahead_bytes: u32,
-    pub(crate) poisoned: SyncSender<Poisoned>,
+    pub(crate) poison: Arc<Poison>,
     state: Arc<State>,
 }
 
@@ -57,9 +55,9 @@ impl Shim {
         node: Node,
         owner: (u32, u32),
         max_readahead_bytes: u32,
-        poisoned: SyncSender<Poisoned>,
+        poison: Arc<Poison>,
     ) -> Self {
-        Self { node, owner, max_readahead_bytes, poisoned, state: Arc::default() }
+        Self { node, owner, max_readahead_bytes, poison, state: Arc::default() }
     }
 
     /// Finds a snapshot on the runtime, and answers from there.
@@ -244,10 +242,10 @@ impl Filesystem for Shim {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.state.inodes.get(ino.0) {
+        guarded(|| match self.state.inodes.get(ino.0) {
             Some(entry) => reply.attr(&FOREVER, &attr(&entry.attributes(), self.owner)),
             None => reply.error(Errno::ESTALE),
-        }
+        });
     }
 
     fn setattr(
@@ -287,18 +285,71 @@ impl Filesystem for Shim {
         reply.error(Errno::EROFS);
     }
 
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: &[u8],
+        _: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        // Opening for writing passes: QEMU before 8.2 opens its memory file so, even for a private
-        // mapping. Every write is refused.
-        if flags.0 & libc::O_TRUNC != 0 {
-            reply.error(Errno::EROFS);
-            return;
-        }
-        match self.state.inodes.get(ino.0) {
-            Some(Entry::File(..)) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
-            Some(_) => reply.error(Errno::EISDIR),
-            None => reply.error(Errno::ESTALE),
-        }
+        guarded(|| {
+            // Opening for writing passes: QEMU before 8.2 opens its memory file so, even for a private
+            // mapping. Every write is refused.
+            if flags.0 & libc::O_TRUNC != 0 {
+                reply.error(Errno::EROFS);
+                return;
+            }
+            match self.state.inodes.get(ino.0) {
+                Some(Entry::File(..)) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+                Some(_) => reply.error(Errno::EISDIR),
+                None => reply.error(Errno::ESTALE),
+            }
+        });
     }
 
     fn read(
@@ -327,21 +378,15 @@ impl Filesystem for Shim {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        reply.error(Errno::EROFS);
-        if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
-            // Somebody wrote through a shared mapping. The page cache, which all VMs share, must
-            // not keep that; the kernel wants to be told from another thread.
-            tracing::error!(
-                "inode {} was written to through a mapping; the pages are dropped",
-                ino.0
-            );
-            let offset = i64::try_from(offset).unwrap_or(0);
-            let length = i64::try_from(data.len()).unwrap_or(0);
-            let sent = self.poisoned.send((ino.0, offset, length));
-            sent.unwrap_or_else(|_| {
-                tracing::error!("nobody drops the pages: the mount is stopping")
-            });
-        }
+        guarded(|| {
+            reply.error(Errno::EROFS);
+            if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+                // Somebody wrote through a shared mapping. The page cache, which all VMs share, must
+                // not keep that.
+                let end = offset.saturating_add(data.len() as u64);
+                self.poison.add(ino.0, offset..end);
+            }
+        });
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -356,15 +401,17 @@ impl Filesystem for Shim {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let listing = self.state.listings.lock().get(&handle.0).cloned();
-        let Some(listing) = listing else { return reply.error(Errno::EBADF) };
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (number, (ino, kind, name)) in listing.iter().enumerate().skip(skip) {
-            if reply.add(INodeNo(*ino), number as u64 + 1, *kind, name) {
-                break;
+        guarded(|| {
+            let listing = self.state.listings.lock().get(&handle.0).cloned();
+            let Some(listing) = listing else { return reply.error(Errno::EBADF) };
+            let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+            for (number, (ino, kind, name)) in listing.iter().enumerate().skip(skip) {
+                if reply.add(INodeNo(*ino), number as u64 + 1, *kind, name) {
+                    break;
+                }
             }
-        }
-        reply.ok();
+            reply.ok();
+        });
     }
 
     fn releasedir(
@@ -375,8 +422,10 @@ impl Filesystem for Shim {
         _: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.state.listings.lock().remove(&handle.0);
-        reply.ok();
+        guarded(|| {
+            self.state.listings.lock().remove(&handle.0);
+            reply.ok();
+        });
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
@@ -393,18 +442,20 @@ impl Filesystem for Shim {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let what = match whence {
-            libc::SEEK_DATA => Seek::Data,
-            libc::SEEK_HOLE => Seek::Hole,
-            _ => return reply.error(Errno::EINVAL),
-        };
-        let Some(Entry::File(snapshot, file)) = self.state.inodes.get(ino.0) else {
-            return reply.error(Errno::ESTALE);
-        };
-        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        match seek(&snapshot, file, offset, what).and_then(|found| i64::try_from(found).ok()) {
-            Some(found) => reply.offset(found),
-            None => reply.error(Errno::ENXIO),
-        }
+        guarded(|| {
+            let what = match whence {
+                libc::SEEK_DATA => Seek::Data,
+                libc::SEEK_HOLE => Seek::Hole,
+                _ => return reply.error(Errno::EINVAL),
+            };
+            let Some(Entry::File(snapshot, file)) = self.state.inodes.get(ino.0) else {
+                return reply.error(Errno::ESTALE);
+            };
+            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            match seek(&snapshot, file, offset, what).and_then(|found| i64::try_from(found).ok()) {
+                Some(found) => reply.offset(found),
+                None => reply.error(Errno::ENXIO),
+            }
+        });
     }
 }

@@ -130,10 +130,13 @@ impl Inodes {
 
     /// The kernel is about to be told of `entry`.
     pub(crate) fn looked_up(&self, entry: &Entry) -> Result<(), Collision> {
-        let ino = entry.ino();
-        if ino < FIRST_HASHED {
-            return Ok(());
+        match entry.ino() {
+            fixed if fixed < FIRST_HASHED => Ok(()),
+            ino => self.admit(ino, entry),
         }
+    }
+
+    fn admit(&self, ino: u64, entry: &Entry) -> Result<(), Collision> {
         let mut inodes = self.0.lock();
         let (known, lookups) = inodes.entry(ino).or_insert_with(|| (entry.clone(), 0));
         if !known.is_same(entry) {
@@ -174,10 +177,7 @@ mod tests {
         assert_ne!(directory_ino(id), file_ino(id, 0));
         assert_ne!(file_ino(id, 0), file_ino(SnapshotId::from_bytes([8; 16]), 0));
         // A change here breaks the promise to a successor process.
-        assert_eq!(
-            file_ino(id, 0),
-            file_ino("07070707070707070707070707070707".parse().expect("id"), 0)
-        );
+        assert_eq!(file_ino(id, 0), 14_029_638_099_784_365_762);
     }
 
     #[test]
@@ -188,5 +188,18 @@ mod tests {
         assert!(matches!(inodes.get(NAMES), Some(Entry::Names)));
         assert_eq!(inodes.len(), 0);
         assert!(inodes.get(99).is_none());
+    }
+
+    #[test]
+    fn an_inode_lives_as_long_as_its_lookups_and_a_collision_is_refused() {
+        let inodes = Inodes::default();
+        inodes.admit(99, &Entry::Names).expect("new");
+        inodes.admit(99, &Entry::Names).expect("the same again");
+        assert_eq!(inodes.admit(99, &Entry::Ids), Err(Collision));
+        assert!(matches!(inodes.get(99), Some(Entry::Names)));
+        inodes.forget(99, 1);
+        assert_eq!(inodes.len(), 1);
+        inodes.forget(99, 1);
+        assert_eq!(inodes.len(), 0);
     }
 }

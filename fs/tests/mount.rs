@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -77,6 +77,9 @@ impl Drop for Fixture {
         if let Some(mount) = self.mount.take() {
             mount.stop(Duration::from_secs(1));
         }
+        // Also what a killed holder or a failed test left.
+        let path = self.directory.path().join("mnt");
+        while rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH).is_ok() {}
     }
 }
 
@@ -230,7 +233,17 @@ fn opening_for_writing_passes_and_every_change_is_refused() {
     assert_eq!(errno(std::fs::write(&path, "x")), Some(libc::EROFS));
     assert_eq!(errno(std::fs::remove_file(&path)), Some(libc::EROFS));
     assert_eq!(errno(std::fs::create_dir(fixture.path("snapshots/new"))), Some(libc::EROFS));
-    assert!(errno(std::fs::write(fixture.path("snapshots/new"), "x")).is_some());
+    let new = fixture.path("snapshots/one:v1/new");
+    assert_eq!(errno(std::fs::write(&new, "x")), Some(libc::EROFS));
+    assert_eq!(errno(std::fs::hard_link(&path, &new)), Some(libc::EROFS));
+    assert_eq!(errno(std::os::unix::fs::symlink("x", &new)), Some(libc::EROFS));
+    assert_eq!(errno(std::fs::rename(&path, &new)), Some(libc::EROFS));
+    let mode = std::fs::Permissions::from_mode(0o666);
+    assert_eq!(errno(std::fs::set_permissions(&path, mode)), Some(libc::EROFS));
+    let attribute = rustix::fs::setxattr(&path, "user.x", b"x", rustix::fs::XattrFlags::empty());
+    assert_eq!(attribute, Err(rustix::io::Errno::ROFS));
+    let space = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 4096);
+    assert_eq!(space, Err(rustix::io::Errno::ROFS));
     assert!(std::fs::read(&path).expect("reads") == fixture.memory);
 }
 
@@ -252,6 +265,57 @@ fn writes_through_a_shared_mapping_do_not_reach_others() {
         assert!(began.elapsed() < Duration::from_secs(10), "the page cache stays poisoned");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Scattered pages come back as one write each: more than any queue holds.
+#[test]
+fn a_flood_of_writes_through_a_shared_mapping_hangs_nobody() {
+    let fixture = Fixture::new(24_000);
+    let path = fixture.memory_path();
+    let script = "import mmap, sys\n\
+        file = open(sys.argv[1], 'r+b')\n\
+        memory = mmap.mmap(file.fileno(), 0)\n\
+        for at in range(0, len(memory), 8192): memory[at:at + 4] = b'evil'\n\
+        try: memory.flush()\n\
+        except OSError: pass\n";
+    let mut writer = Command::new("python3").args(["-c", script]).arg(&path).spawn().expect("runs");
+    let began = std::time::Instant::now();
+    while writer.try_wait().expect("waits").is_none() {
+        assert!(began.elapsed() < Duration::from_secs(60), "the writer hangs");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    while std::fs::read(&path).expect("reads") != fixture.memory {
+        assert!(began.elapsed() < Duration::from_secs(60), "the page cache stays poisoned");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// As a VMM reads its guest memory.
+#[test]
+fn a_private_mapping_reads_every_byte_and_keeps_its_writes() {
+    let fixture = Fixture::new(1500);
+    let script = "import mmap, sys\n\
+        file = open(sys.argv[1], 'r+b')\n\
+        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)\n\
+        ok = bytes(memory) == open(sys.argv[2], 'rb').read()\n\
+        memory[20480:20484] = b'mine'\n\
+        sys.exit(0 if ok and memory[20480:20484] == b'mine' else 1)\n";
+    let mut python = Command::new("python3");
+    python.args(["-c", script]).arg(fixture.memory_path());
+    let status = python.arg(fixture.directory.path().join("input")).status().expect("runs");
+    assert!(status.success());
+    assert!(std::fs::read(fixture.memory_path()).expect("reads") == fixture.memory);
+}
+
+#[test]
+fn a_read_only_mount_refuses_to_open_for_writing() {
+    let mut fixture = Fixture::new(10);
+    fixture.mount.take().expect("a mount").stop(Duration::from_secs(1));
+    let config = MountConfig { mount_point: fixture.path(""), refuse_write_open: true };
+    fixture.mount = Some(Mount::start(fixture.node.clone(), &config).expect("mounts"));
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open(fixture.memory_path());
+    assert_eq!(errno(opened), Some(libc::EROFS));
+    assert!(std::fs::read(fixture.memory_path()).expect("reads") == fixture.memory);
 }
 
 #[test]
@@ -325,7 +389,7 @@ fn mount_holder_process() {
 }
 
 #[test]
-fn a_dead_mount_is_cleared_away() {
+fn a_dead_mount_is_cleared_away_also_behind_a_symbolic_link() {
     let mut fixture = Fixture::new(10);
     fixture.mount.take().expect("a mount").stop(Duration::from_secs(1));
     let mut holder = Command::new(std::env::current_exe().expect("this binary"))
@@ -341,7 +405,69 @@ fn a_dead_mount_is_cleared_away() {
     holder.kill().expect("killed");
     holder.wait().expect("ended");
     assert_eq!(errno(std::fs::metadata(fixture.path("x"))), Some(libc::ENOTCONN));
-    let config = MountConfig { mount_point: fixture.path(""), refuse_write_open: false };
+    // As /var/run is one.
+    let link = fixture.directory.path().join("link");
+    std::os::unix::fs::symlink(fixture.directory.path(), &link).expect("link");
+    let config = MountConfig { mount_point: link.join("mnt"), refuse_write_open: false };
     fixture.mount = Some(Mount::start(fixture.node.clone(), &config).expect("mounts"));
     assert!(std::fs::read(fixture.memory_path()).expect("reads") == fixture.memory);
+    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mount table");
+    let ours = fixture.path("").display().to_string();
+    let line = table.lines().find(|line| line.contains(ours.trim_end_matches('/')));
+    assert!(line.expect("is mounted").contains(" - fuse.reap reap "));
+}
+
+/// Not a test: prints the figures of `docs/decisions/0002-mount-readahead.md`. Every line is a new
+/// node and a new mount, so that neither has anything cached; the packs are in the page cache.
+#[cfg(feature = "measure")]
+#[test]
+#[allow(clippy::print_stdout, reason = "prints figures")]
+fn measure_readahead() {
+    let mut fixture = Fixture::new(65_536);
+    fixture.mount.take().expect("a mount").stop(Duration::from_secs(1));
+    let sequential = "import sys, time\n\
+        began = time.monotonic()\n\
+        file = open(sys.argv[1], 'rb', buffering=0)\n\
+        total = 0\n\
+        while (piece := file.read(1 << 20)): total += len(piece)\n\
+        print(f'{total / (time.monotonic() - began) / 1e6:.0f} MB/s')\n";
+    let random = "import mmap, random, sys, time\n\
+        file = open(sys.argv[1], 'rb')\n\
+        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)\n\
+        pages = random.Random(1).sample(range(len(memory) // 4096), int(sys.argv[2]))\n\
+        began = time.monotonic()\n\
+        for page in pages: memory[page * 4096]\n\
+        print(f'{(time.monotonic() - began) / len(pages) * 1e6:.0f} us a touch')\n";
+    for round in 1..=5 {
+        for kib in [128, 256, 512, 1024] {
+            // Dense touches load the whole file either way; those of a guest are sparse.
+            let kinds =
+                [("sequential", sequential), ("100", random), ("1000", random), ("4000", random)];
+            for (what, script) in kinds {
+                let node = Node::start(&NodeConfig::reader(&url(fixture.directory.path())));
+                let config =
+                    MountConfig { mount_point: fixture.path(""), refuse_write_open: false };
+                let mount = Mount::start(node.expect("node"), &config).expect("mounts");
+                let device = std::fs::metadata(mount.path()).expect("metadata").dev();
+                let minor = rustix::fs::minor(device);
+                let control = format!("/sys/class/bdi/0:{minor}/read_ahead_kb");
+                std::fs::write(&control, kib.to_string()).expect("sets");
+                let path = fixture.memory_path();
+                let mut python = Command::new("python3");
+                let output =
+                    python.args(["-c", script]).arg(&path).arg(what).output().expect("runs");
+                let resident = Command::new("fincore").args(["-nbo", "RES"]).arg(&path).output();
+                println!(
+                    "round {round}, {kib} KiB, {what}: {}, {} MB in the page cache",
+                    String::from_utf8_lossy(&output.stdout).trim(),
+                    String::from_utf8_lossy(&resident.expect("fincore").stdout)
+                        .trim()
+                        .parse::<u64>()
+                        .unwrap_or(0)
+                        / 1_000_000
+                );
+                mount.stop(Duration::from_secs(1));
+            }
+        }
+    }
 }
