@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::handshake::{HandshakeError, MAX_MESSAGE_BYTES, Parsed, parse};
 use crate::layout::Layout;
+use crate::poller::Poller;
 
 /// A handshake that takes longer is refused.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
@@ -23,7 +23,6 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
 const MAX_HANDSHAKES: usize = 256;
 /// How often deadlines are looked at while a handshake is in progress.
 const TICK: Duration = Duration::from_millis(100);
-const WAKE: u64 = u64::MAX;
 
 /// What came of a complete handshake.
 pub(crate) struct Arrival {
@@ -54,8 +53,7 @@ struct Handshake {
 }
 
 pub(crate) struct Acceptor {
-    epoll: OwnedFd,
-    wake: OwnedFd,
+    poller: Poller,
     listeners: Mutex<HashMap<u64, Arc<Bound>>>,
     next: Mutex<u64>,
     stopping: AtomicBool,
@@ -63,12 +61,9 @@ pub(crate) struct Acceptor {
 
 impl Acceptor {
     pub(crate) fn new() -> std::io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let wake = rustix::event::eventfd(0, flags)?;
-        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        let poller = Poller::new()?;
         let (listeners, next) = (Mutex::default(), Mutex::new(0));
-        Ok(Self { epoll, wake, listeners, next, stopping: AtomicBool::new(false) })
+        Ok(Self { poller, listeners, next, stopping: AtomicBool::new(false) })
     }
 
     /// Listens; answers with what [`Acceptor::remove`] wants.
@@ -77,20 +72,20 @@ impl Acceptor {
         let key = self.next_key();
         let bound = Arc::new(bound);
         self.listeners.lock().insert(key, bound.clone());
-        epoll::add(&self.epoll, &bound.listener, EventData::new_u64(key), EventFlags::IN)?;
+        self.poller.watch(&bound.listener, key)?;
         Ok(key)
     }
 
     /// Stops listening.
     pub(crate) fn remove(&self, key: u64) {
         if let Some(bound) = self.listeners.lock().remove(&key) {
-            epoll::delete(&self.epoll, &bound.listener).unwrap_or_default();
+            self.poller.forget(&bound.listener);
         }
     }
 
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        let _full = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        self.poller.wake_up();
     }
 
     fn next_key(&self) -> u64 {
@@ -103,7 +98,7 @@ impl Acceptor {
     pub(crate) fn run(&self) {
         let mut handshakes: HashMap<u64, Handshake> = HashMap::new();
         while !self.stopping.load(Ordering::Acquire) {
-            for key in self.wait(!handshakes.is_empty()) {
+            for (key, _) in self.poller.wait((!handshakes.is_empty()).then_some(TICK)) {
                 let listener = self.listeners.lock().get(&key).cloned();
                 if let Some(bound) = listener {
                     if handshakes.len() < MAX_HANDSHAKES {
@@ -125,21 +120,6 @@ impl Acceptor {
         }
     }
 
-    fn wait(&self, handshaking: bool) -> Vec<u64> {
-        let timeout = handshaking.then_some(TICK);
-        let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
-        let mut events = Vec::with_capacity(64);
-        let waited =
-            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
-        if let Err(error) = waited
-            && error != rustix::io::Errno::INTR
-        {
-            tracing::error!("the accept thread cannot wait: {error}");
-            std::thread::sleep(TICK);
-        }
-        events.iter().map(|event| event.data.u64()).filter(|key| *key != WAKE).collect()
-    }
-
     fn accept(&self, bound: &Arc<Bound>, handshakes: &mut HashMap<u64, Handshake>) {
         let socket = match bound.listener.accept() {
             Ok((socket, _)) => socket,
@@ -152,10 +132,7 @@ impl Acceptor {
             }
         };
         let key = self.next_key();
-        let ready = socket.set_nonblocking(true).and_then(|()| {
-            epoll::add(&self.epoll, &socket, EventData::new_u64(key), EventFlags::IN)
-                .map_err(Into::into)
-        });
+        let ready = socket.set_nonblocking(true).and_then(|()| self.poller.watch(&socket, key));
         if let Err(error) = ready {
             refuse(bound, &HandshakeError::Socket(error.to_string()));
             return;

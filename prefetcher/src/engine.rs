@@ -1,17 +1,18 @@
 //! The fault thread: waits for all VMs at once, and gives each its turn.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::EventFlags;
 use userfaultfd::EventBuffer;
 
 use crate::fault;
+use crate::poller::Poller;
 use crate::recording::Recording;
 use crate::report::End;
 use crate::vm::Vm;
@@ -20,10 +21,6 @@ use crate::vm::Vm;
 const TICK: Duration = Duration::from_millis(50);
 /// After the kernel said `Again`, a fault is tried again this much later, unless an event comes.
 const RETRY: Duration = Duration::from_millis(1);
-/// Events taken from the kernel at once.
-const EPOLL_EVENTS: usize = 64;
-
-const WAKE: u64 = u64::MAX;
 
 /// What an epoll event of a VM is about. VM ids are never reused, descriptors are.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,8 +41,7 @@ impl Watched {
 
 /// Shared by the fault thread and whoever adds VMs.
 pub(crate) struct Engine {
-    epoll: OwnedFd,
-    wake: OwnedFd,
+    poller: Poller,
     vms: Mutex<HashMap<u64, Arc<Vm>>>,
     retries: Mutex<Vec<u64>>,
     stopping: AtomicBool,
@@ -55,13 +51,8 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(fault_deadline: Duration, settle: Duration) -> std::io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let wake = rustix::event::eventfd(0, flags)?;
-        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         Ok(Self {
-            epoll,
-            wake,
+            poller: Poller::new()?,
             vms: Mutex::default(),
             retries: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -76,9 +67,9 @@ impl Engine {
         self.vms.lock().insert(id, vm.clone());
         let watched = [(vm.uffd.as_fd(), Watched::Faults), (vm.vmm.as_fd(), Watched::Process)];
         for (fd, what) in watched {
-            epoll::add(&self.epoll, fd, EventData::new_u64(what.key(id)), EventFlags::IN)?;
+            self.poller.watch(fd, what.key(id))?;
         }
-        self.wake_up();
+        self.poller.wake_up();
         Ok(())
     }
 
@@ -93,17 +84,12 @@ impl Engine {
     /// The kernel said `Again` to a fault of this VM.
     pub(crate) fn retry_soon(&self, id: u64) {
         self.retries.lock().push(id);
-        self.wake_up();
+        self.poller.wake_up();
     }
 
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.wake_up();
-    }
-
-    fn wake_up(&self) {
-        // Only a full counter refuses, and then the thread is awake anyway.
-        let _full = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        self.poller.wake_up();
     }
 
     /// The fault thread.
@@ -112,11 +98,6 @@ impl Engine {
         let mut last_tick = Instant::now();
         while !self.stopping.load(Ordering::Acquire) {
             for (key, flags) in self.wait() {
-                if key == WAKE {
-                    // The counter only wakes; what it is about is found below.
-                    let _empty = rustix::io::read(&self.wake, &mut [0; 8]);
-                    continue;
-                }
                 let (id, what) = Watched::of_key(key);
                 let found = self.vms.lock().get(&id).cloned();
                 if let Some(vm) = found {
@@ -140,22 +121,14 @@ impl Engine {
     }
 
     fn wait(&self) -> Vec<(u64, EventFlags)> {
-        let timeout = match (self.retries.lock().is_empty(), self.vms.lock().is_empty()) {
-            (false, _) => Some(RETRY),
-            (true, false) => Some(TICK),
-            (true, true) => None,
-        };
-        let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
-        let mut events = Vec::with_capacity(EPOLL_EVENTS);
-        let waited =
-            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
-        if let Err(error) = waited
-            && error != rustix::io::Errno::INTR
-        {
-            tracing::error!("the fault thread cannot wait: {error}");
-            std::thread::sleep(RETRY);
-        }
-        events.iter().map(|event| (event.data.u64(), event.flags)).collect()
+        // Bound first, so that no lock is held while this thread waits.
+        let retrying = !self.retries.lock().is_empty();
+        let idle = self.vms.lock().is_empty();
+        self.poller.wait(match (retrying, idle) {
+            (true, _) => Some(RETRY),
+            (false, false) => Some(TICK),
+            (false, true) => None,
+        })
     }
 
     /// A panic is our bug; the VM that it hits must neither hang nor read zeros.
@@ -192,11 +165,11 @@ impl Engine {
 
     /// Stops watching a descriptor that would be ready for ever.
     fn forget_faults(&self, vm: &Vm) {
-        epoll::delete(&self.epoll, &vm.uffd).unwrap_or_default();
+        self.poller.forget(&vm.uffd);
     }
 
     fn process_ended(&self, vm: &Arc<Vm>) {
-        epoll::delete(&self.epoll, &vm.vmm).unwrap_or_default();
+        self.poller.forget(&vm.vmm);
         if vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
             // Somebody connected for the VMM, or gave its memory to another process: serve on,
             // until the memory is gone.

@@ -15,7 +15,7 @@
 //! Two threads serve any number of VMs: `faults` ([`engine`]) and `accept` ([`accept`]); neither
 //! waits for the network, a disk or a client. What installs pages is in [`vm`] and nowhere else, under
 //! the lock that orders it against removals. Decisions are pure: [`handshake`], [`layout`], [`page_state`].
-//! Kernel interfaces are wrapped in [`uffd`] and [`vmm`].
+//! Kernel interfaces are wrapped in [`uffd`], [`vmm`] and [`poller`].
 //!
 //! A VM that cannot be served is ended through its pidfd, and the reason is logged and kept in its
 //! [`RestoreReport`]: a guest that hangs or reads wrong memory is worse than a dead one.
@@ -36,6 +36,7 @@ mod handshake;
 mod layout;
 mod page_state;
 mod pending;
+mod poller;
 mod prefetch;
 mod recording;
 mod report;
