@@ -26,7 +26,7 @@ pub(crate) fn read(
         return;
     }
     let span = Span { snapshot: snapshot.clone(), file, offset, end };
-    let frames = span.frames();
+    let frames = snapshot.frames_of(file, span.pages());
     let cached: Option<HashMap<FrameIndex, Frame>> =
         frames.iter().map(|frame| Some((*frame, snapshot.cached(*frame)?))).collect();
     if let Some(cached) = cached {
@@ -69,47 +69,26 @@ struct Span {
 }
 
 impl Span {
-    fn frames(&self) -> Vec<FrameIndex> {
-        let mut frames = Vec::new();
-        self.for_each(|_, _, source| {
-            if let Source::Frame { frame, .. } = source {
-                frames.push(frame);
-            }
-        });
-        frames.sort_unstable();
-        frames.dedup();
-        frames
+    fn pages(&self) -> std::ops::Range<u64> {
+        self.offset / PAGE..self.end.div_ceil(PAGE)
     }
 
     /// The bytes, from frames that are all there.
     fn assemble(&self, frames: &HashMap<FrameIndex, Frame>) -> Vec<u8> {
         let length = usize::try_from(self.end - self.offset).expect("a read is at most 4 GiB");
         let mut bytes = vec![0; length];
-        self.for_each(|first, pages, source| {
-            let Source::Frame { frame, position } = source else { return };
-            let count = u32::try_from(pages).expect("a frame has few pages");
+        for (first, extent) in self.snapshot.extents(self.file, self.pages()) {
+            let Source::Frame { frame, position } = extent.source else { continue };
+            let count = u32::try_from(extent.pages).expect("a frame has few pages");
             let found = frames[&frame].pages(position, count);
             // The part of these pages that was asked for.
             let from = self.offset.max(first * PAGE);
-            let to = self.end.min((first + pages) * PAGE);
+            let to = self.end.min((first + extent.pages) * PAGE);
             let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
             bytes[at(from - self.offset)..at(to - self.offset)]
                 .copy_from_slice(&found[at(from - first * PAGE)..at(to - first * PAGE)]);
-        });
-        bytes
-    }
-
-    /// Calls `each` with (first page, pages, source) for the whole range.
-    fn for_each(&self, mut each: impl FnMut(u64, u64, Source)) {
-        let last = self.end.div_ceil(PAGE);
-        let mut page = self.offset / PAGE;
-        while page < last
-            && let Some(extent) = self.snapshot.extent(self.file, page)
-        {
-            let pages = extent.pages.min(last - page);
-            each(page, pages, extent.source);
-            page += pages;
         }
+        bytes
     }
 }
 
@@ -127,12 +106,10 @@ pub(crate) fn seek(snapshot: &Snapshot, file: usize, offset: u64, what: Seek) ->
     if offset >= size {
         return None;
     }
-    let mut page = offset / PAGE;
-    while let Some(extent) = snapshot.extent(file, page) {
-        if (extent.source == Source::Zero) == (what == Seek::Hole) {
-            return Some((page * PAGE).max(offset));
-        }
-        page += extent.pages;
+    let wanted = |source| (source == Source::Zero) == (what == Seek::Hole);
+    let mut extents = snapshot.extents(file, offset / PAGE..size.div_ceil(PAGE));
+    if let Some((page, _)) = extents.find(|(_, extent)| wanted(extent.source)) {
+        return Some((page * PAGE).max(offset));
     }
     match what {
         Seek::Data => None,

@@ -35,7 +35,11 @@ pub(crate) fn handle_events(engine: &Arc<Engine>, vm: &Arc<Vm>, events: &[Memory
 pub(crate) fn retry(engine: &Arc<Engine>, vm: &Arc<Vm>) {
     let retries = vm.pending.lock().take_retries();
     for (unit, fault) in retries {
-        attend(engine, vm, unit, fault);
+        let frames = match fault.class {
+            FaultClass::Removed | FaultClass::Zero => Vec::new(),
+            FaultClass::Cached | FaultClass::Fetched => vm.frames_of(unit),
+        };
+        attend(engine, vm, unit, fault, &frames);
     }
 }
 
@@ -59,7 +63,8 @@ fn handle_fault(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64) {
     }
     drop(pending);
     note(vm, unit, class);
-    attend(engine, vm, unit, PendingFault { since: Instant::now(), class, retry: false });
+    let fault = PendingFault { since: Instant::now(), class, retry: false };
+    attend(engine, vm, unit, fault, &frames);
 }
 
 /// Counts a new fault, and records it.
@@ -83,13 +88,15 @@ fn note(vm: &Vm, unit: u64, class: FaultClass) {
     }
 }
 
-/// Serves a fault from memory, or fetches what it needs.
-fn attend(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64, fault: PendingFault) {
-    let frames = match fault.class {
-        FaultClass::Removed | FaultClass::Zero => Vec::new(),
-        FaultClass::Cached | FaultClass::Fetched => vm.frames_of(unit),
-    };
-    if let [frame] = frames[..]
+/// Serves a fault from memory, or fetches the `frames` that it needs; zeros need none.
+fn attend(
+    engine: &Arc<Engine>,
+    vm: &Arc<Vm>,
+    unit: u64,
+    fault: PendingFault,
+    frames: &[FrameIndex],
+) {
+    if let [frame] = *frames
         && vm.layout.pages_per_unit() == 1
         && let Some(found) = vm.snapshot.cached(frame)
     {
@@ -108,7 +115,7 @@ fn attend(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64, fault: PendingFault) {
         settle(engine, vm, unit, fault, Content::Bytes(&bytes));
         return;
     }
-    fetch(engine, vm, unit, fault, &frames);
+    fetch(engine, vm, unit, fault, frames);
 }
 
 fn position_of(vm: &Vm, page: u64) -> u32 {

@@ -51,6 +51,12 @@ impl Layout {
         self.page_bytes / PAGE_SIZE as u64
     }
 
+    /// The pages of the memory file that a unit holds; they may go beyond its end.
+    pub(crate) fn pages_of(&self, unit: u64) -> std::ops::Range<u64> {
+        let first = unit * self.pages_per_unit();
+        first..first + self.pages_per_unit()
+    }
+
     /// Units of the whole memory file.
     pub(crate) fn file_units(&self) -> u64 {
         self.file_units

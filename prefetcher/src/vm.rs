@@ -192,15 +192,7 @@ impl Vm {
 
     /// The frames that a unit's bytes come from; empty when it is all zeros.
     pub(crate) fn frames_of(&self, unit: u64) -> Vec<FrameIndex> {
-        let mut frames = Vec::new();
-        self.for_each_extent(unit, |_, _, source| {
-            if let Source::Frame { frame, .. } = source {
-                frames.push(frame);
-            }
-        });
-        frames.sort_unstable();
-        frames.dedup();
-        frames
+        self.snapshot.frames_of(self.file, self.layout.pages_of(unit))
     }
 
     /// The bytes of a unit from its frames, which `frame` finds.
@@ -209,35 +201,18 @@ impl Vm {
         unit: u64,
         frame: impl Fn(FrameIndex) -> Option<Frame>,
     ) -> Option<Vec<u8>> {
+        // Pages after the end of the file stay zeros.
         let mut bytes = vec![0; usize::try_from(self.layout.page_bytes()).ok()?];
-        let mut complete = true;
-        self.for_each_extent(unit, |first, pages, source| {
-            let Source::Frame { frame: index, position } = source else { return };
-            let Some(found) = frame(index) else {
-                complete = false;
-                return;
-            };
-            let count = u32::try_from(pages).unwrap_or(u32::MAX);
-            let from = usize::try_from(first).unwrap_or(usize::MAX) * PAGE_SIZE;
+        let pages = self.layout.pages_of(unit);
+        for (page, extent) in self.snapshot.extents(self.file, pages.clone()) {
+            let Source::Frame { frame: index, position } = extent.source else { continue };
+            let found = frame(index)?;
+            let count = u32::try_from(extent.pages).unwrap_or(u32::MAX);
+            let from = usize::try_from(page - pages.start).ok()? * PAGE_SIZE;
             let source = found.pages(position, count);
             bytes[from..from + source.len()].copy_from_slice(source);
-        });
-        complete.then_some(bytes)
-    }
-
-    /// Calls `each` with (first page in the unit, pages, source). Pages after the end of the file
-    /// are zeros.
-    fn for_each_extent(&self, unit: u64, mut each: impl FnMut(u64, u64, Source)) {
-        let per_unit = self.layout.pages_per_unit();
-        let mut page = 0;
-        while page < per_unit {
-            let Some(extent) = self.snapshot.extent(self.file, unit * per_unit + page) else {
-                return;
-            };
-            let pages = extent.pages.min(per_unit - page);
-            each(page, pages, extent.source);
-            page += pages;
         }
+        Some(bytes)
     }
 
     /// Ends the VMM because it cannot be served. The reason is logged and shown once.

@@ -178,6 +178,37 @@ impl Snapshot {
         Some(Extent { pages, source })
     }
 
+    /// The extents of `pages` of file number `file`, each with its first page, cut to the range; up
+    /// to the end of the file.
+    pub fn extents(
+        &self,
+        file: usize,
+        pages: std::ops::Range<u64>,
+    ) -> impl Iterator<Item = (u64, Extent)> + '_ {
+        let mut page = pages.start;
+        std::iter::from_fn(move || {
+            let left = pages.end.checked_sub(page).filter(|left| *left > 0)?;
+            let extent = self.extent(file, page)?;
+            let extent = Extent { pages: extent.pages.min(left), ..extent };
+            let first = page;
+            page += extent.pages;
+            Some((first, extent))
+        })
+    }
+
+    /// The distinct frames that `pages` of file number `file` come from, in order of their index;
+    /// none where all is zeros.
+    pub fn frames_of(&self, file: usize, pages: std::ops::Range<u64>) -> Vec<FrameIndex> {
+        let frame = |(_, extent): (u64, Extent)| match extent.source {
+            Source::Frame { frame, .. } => Some(frame),
+            Source::Zero => None,
+        };
+        let mut frames: Vec<_> = self.extents(file, pages).filter_map(frame).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
     /// The frame, if it is decoded in memory now. Never waits.
     pub fn cached(&self, frame: FrameIndex) -> Option<Frame> {
         self.fetcher.cached(&self.frames[frame.0 as usize].key())
