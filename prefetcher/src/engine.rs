@@ -96,6 +96,7 @@ impl Engine {
     pub(crate) fn run(self: &Arc<Self>) {
         let mut buffer = EventBuffer::new(64);
         let mut last_tick = Instant::now();
+        let mut last_retry = Instant::now();
         while !self.stopping.load(Ordering::Acquire) {
             for (key, flags) in self.wait() {
                 let (id, what) = Watched::of_key(key);
@@ -104,18 +105,27 @@ impl Engine {
                     self.guarded(&vm, |vm| self.turn(vm, what, flags, &mut buffer));
                 }
             }
-            let retries = std::mem::take(&mut *self.retries.lock());
-            for id in retries {
-                let found = self.vms.lock().get(&id).cloned();
-                if let Some(vm) = found {
-                    self.guarded(&vm, |vm| fault::retry(self, vm));
-                }
+            // A fault that the kernel refuses again asks for another retry at once: only the time
+            // between them keeps this thread from spinning.
+            if last_retry.elapsed() >= RETRY {
+                last_retry = Instant::now();
+                self.retry_all();
             }
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
                 for vm in self.vms() {
                     self.guarded(&vm, |vm| self.tick(vm));
                 }
+            }
+        }
+    }
+
+    fn retry_all(self: &Arc<Self>) {
+        let retries = std::mem::take(&mut *self.retries.lock());
+        for id in retries {
+            let found = self.vms.lock().get(&id).cloned();
+            if let Some(vm) = found {
+                self.guarded(&vm, |vm| fault::retry(self, vm));
             }
         }
     }

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use pretend::{PretendVm, true_memory, true_page};
 use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
 use reap_store::pack::{Input, Request, pack};
-use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch};
+use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet};
 
 /// A store with one snapshot of `true_memory`, and a server.
 pub struct Fixture {
@@ -71,6 +71,14 @@ impl Fixture {
         let path = self.socket();
         self.server.bind(&path, self.snapshot.clone(), choose).expect("binds");
         path
+    }
+
+    /// Publishes `touches` as a working set, and opens it.
+    pub fn published(&self, touches: &[Touch]) -> Arc<WorkingSet> {
+        let published = self.node.publish_working_set(&self.snapshot, touches);
+        self.node.block_on(published).expect("publishes");
+        let newest = self.node.block_on(self.node.working_set(&self.snapshot));
+        newest.expect("lists").expect("is there")
     }
 
     /// Waits until `wanted` is true of the newest restore.
@@ -169,15 +177,7 @@ fn a_recording_is_what_was_touched_and_then_it_is_there_before_it_is_touched() {
     // Not dropped yet: the next VM must not get its addresses by chance.
     let former = vm;
 
-    fixture
-        .node
-        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
-        .expect("publishes");
-    let set = fixture
-        .node
-        .block_on(fixture.node.working_set(&fixture.snapshot))
-        .expect("lists")
-        .expect("is there");
+    let set = fixture.published(&touches);
     assert!(set.zero_pages() > 0);
     fixture.server.unbind(&socket);
     let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
@@ -207,15 +207,7 @@ fn a_recording_is_what_was_touched_and_then_it_is_there_before_it_is_touched() {
 fn a_damaged_working_set_costs_speed_and_nothing_else() {
     let fixture = Fixture::new(1000);
     let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    fixture
-        .node
-        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
-        .expect("publishes");
-    let set = fixture
-        .node
-        .block_on(fixture.node.working_set(&fixture.snapshot))
-        .expect("lists")
-        .expect("is there");
+    let set = fixture.published(&touches);
     let sets = fixture.directory.path().join("store/ws").join(fixture.snapshot.id().to_string());
     let path = std::fs::read_dir(sets).expect("sets").next().expect("one").expect("entry").path();
     let mut bytes = std::fs::read(&path).expect("set");
@@ -236,15 +228,7 @@ fn many_vms_at_once_and_prefetch_among_their_faults() {
     let fixture = Fixture::new(1500);
     let touches: Vec<Touch> =
         (0..1500).rev().map(|page| Touch { file: 0, page, at_us: 0 }).collect();
-    fixture
-        .node
-        .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
-        .expect("publishes");
-    let set = fixture
-        .node
-        .block_on(fixture.node.working_set(&fixture.snapshot))
-        .expect("lists")
-        .expect("is there");
+    let set = fixture.published(&touches);
     let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
     std::thread::scope(|scope| {
         for _ in 0..50 {
@@ -269,15 +253,7 @@ fn huge_pages_are_filled_from_all_their_frames() {
     let set = {
         let touches: Vec<Touch> =
             [3, 700].iter().map(|page| Touch { file: 0, page: *page, at_us: 0 }).collect();
-        fixture
-            .node
-            .block_on(fixture.node.publish_working_set(&fixture.snapshot, &touches))
-            .expect("publishes");
-        fixture
-            .node
-            .block_on(fixture.node.working_set(&fixture.snapshot))
-            .expect("lists")
-            .expect("is there")
+        fixture.published(&touches)
     };
     let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
     let mut vm = PretendVm::map(&[(0, 4 * 512)], 2 << 20).expect("maps");

@@ -38,9 +38,7 @@ fn a_removed_page_is_zeros_for_ever() {
 fn a_prefetch_does_not_bring_back_what_was_removed() {
     let fixture = Fixture::new(4000);
     let touches: Vec<Touch> = (0..4000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let node = &fixture.node;
-    node.block_on(node.publish_working_set(&fixture.snapshot, &touches)).expect("publishes");
-    let set = node.block_on(node.working_set(&fixture.snapshot)).expect("lists").expect("is there");
+    let set = fixture.published(&touches);
     let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
     for round in 0..20 {
         let mut vm = whole(4000);
