@@ -1,4 +1,5 @@
 //! The guest laboratory and the worker that the end-to-end tests and the demo share.
 
+pub mod bench;
 pub mod lab;
 pub mod worker;

@@ -53,10 +53,10 @@ fn same_bytes(one: &Path, other: &Path) -> Result<bool> {
 }
 
 /// The whole path of one function, and what must hold of it.
-fn whole_path(function: &str) -> Result<()> {
+fn whole_path(function: &str, memory_mib: u32) -> Result<()> {
     let fixture = Fixture::new()?;
     let lab = Lab::open()?;
-    let mut guest = lab.boot(function, 256, &fixture.path("guest"))?;
+    let mut guest = lab.boot(function, memory_mib, &fixture.path("guest"))?;
     let before = [guest.request("first")?.line, guest.request("second")?.line];
     let snapshot = guest.snapshot(&fixture.path("guest"))?;
     let text = |path: &Path| path.display().to_string();
@@ -127,17 +127,31 @@ fn whole_path(function: &str) -> Result<()> {
 
 #[test]
 fn helloworld_goes_the_whole_path() -> Result<()> {
-    whole_path("helloworld")
+    whole_path("helloworld", 256)
 }
 
 #[test]
 fn json_serdes_goes_the_whole_path() -> Result<()> {
-    whole_path("json_serdes")
+    whole_path("json_serdes", 256)
 }
 
 #[test]
 fn image_rotate_goes_the_whole_path() -> Result<()> {
-    whole_path("image_rotate")
+    whole_path("image_rotate", 256)
+}
+
+/// Every function of the laboratory in guests of both sizes: ten minutes, so for `make soak`.
+#[cfg(feature = "soak")]
+#[test]
+fn every_function_goes_the_whole_path_in_both_sizes() -> Result<()> {
+    for memory_mib in [256, 512] {
+        for function in reap_tests::lab::FUNCTIONS {
+            whole_path(function, memory_mib)
+                .with_context(|| format!("{function} with {memory_mib} MiB"))?;
+            eprintln!("{function} with {memory_mib} MiB went the whole path");
+        }
+    }
+    Ok(())
 }
 
 #[test]

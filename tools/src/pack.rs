@@ -2,6 +2,7 @@
 
 mod arguments;
 mod show;
+mod ws;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -17,7 +18,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use crate::output::{Progress, size};
-pub use arguments::{Arguments, Command};
+pub use arguments::{Arguments, Command, WorkingSets};
 
 /// Runs `reap-pack` with the process's arguments.
 pub fn main() -> std::process::ExitCode {
@@ -37,6 +38,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Command::Show { snapshot } => context.show(snapshot),
         Command::Export { snapshot, directory } => context.export(snapshot, directory),
         Command::Verify { snapshot, all } => context.verify(snapshot.as_deref(), *all),
+        Command::Ws(command) => context.ws(command),
         Command::Tag { snapshot, name } => context.tag(snapshot, name),
         Command::Rm { snapshot, force } => context.rm(snapshot, *force),
     }

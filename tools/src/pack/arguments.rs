@@ -52,6 +52,9 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Look at working sets
+    #[command(subcommand)]
+    Ws(WorkingSets),
     /// Give a snapshot one more name, or move a name to it
     Tag {
         /// Name or id
@@ -100,4 +103,20 @@ pub struct Pack {
     /// times slower and decodes faster
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub level: i32,
+}
+
+/// What to do with working sets.
+#[derive(Debug, Subcommand)]
+pub enum WorkingSets {
+    /// Write the recorded pages of guest memory as text, a page number and its first touch in
+    /// microseconds a line, in first-touch order
+    Export {
+        /// Name or id
+        snapshot: String,
+        /// The file to write
+        file: PathBuf,
+        /// Which working set; else the one that a restore would use
+        #[arg(long)]
+        sequence: Option<u64>,
+    },
 }

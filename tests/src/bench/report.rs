@@ -1,0 +1,132 @@
+//! What the rounds come to: medians with spreads, ratios within the run, JSON.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use super::touch::Touched;
+use super::ways::{ALTERNATIVES, Alternative};
+
+/// All rounds of one function.
+pub struct Measured {
+    /// The function.
+    pub name: String,
+    /// Pages of its trace.
+    pub pages: usize,
+    /// Every start that was made.
+    pub starts: Vec<(Alternative, Touched)>,
+}
+
+impl Measured {
+    fn of(&self, alternative: Alternative, value: impl Fn(&Touched) -> f64) -> Vec<f64> {
+        let chosen = self.starts.iter().filter(|(which, _)| *which == alternative);
+        let mut values: Vec<f64> = chosen.map(|(_, touched)| value(touched)).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    }
+
+    /// Median, smallest and largest time to touch all pages, milliseconds.
+    pub fn all_ms(&self, alternative: Alternative) -> (f64, f64, f64) {
+        let values = self.of(alternative, |touched| touched.all_us / 1000.0);
+        (
+            median(&values),
+            values.first().copied().unwrap_or(0.0),
+            values.last().copied().unwrap_or(0.0),
+        )
+    }
+
+    fn wait_p50_us(&self, alternative: Alternative) -> f64 {
+        median(&self.of(alternative, |touched| touched.wait_p50_us))
+    }
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A ratio that is judged: geometric mean over the functions of one median by another.
+struct Ratio {
+    what: &'static str,
+    ours: Alternative,
+    other: Alternative,
+    /// Of the median wait of a touch, instead of the time for all.
+    of_waits: bool,
+}
+
+const RATIOS: [Ratio; 7] = [
+    Ratio::all("ours cold / REAP cold", Alternative::OursCold, Alternative::ReapCold),
+    Ratio::all("ours cold / file mapping cold", Alternative::OursCold, Alternative::FileCold),
+    Ratio::all(
+        "ours cold / ours on demand cold",
+        Alternative::OursCold,
+        Alternative::OursDemandCold,
+    ),
+    Ratio::all("ours warm node / REAP in page cache", Alternative::OursWarm, Alternative::ReapWarm),
+    Ratio::all("our mount warm / file mapping warm", Alternative::MountWarm, Alternative::FileWarm),
+    Ratio::all("our mount cold / file mapping cold", Alternative::MountCold, Alternative::FileCold),
+    Ratio {
+        what: "p50 of a fault: ours on demand warm / minimal handler warm",
+        ours: Alternative::OursDemandWarm,
+        other: Alternative::DemandWarm,
+        of_waits: true,
+    },
+];
+
+impl Ratio {
+    const fn all(what: &'static str, ours: Alternative, other: Alternative) -> Self {
+        Self { what, ours, other, of_waits: false }
+    }
+
+    fn of(&self, measured: &Measured) -> f64 {
+        match self.of_waits {
+            true => measured.wait_p50_us(self.ours) / measured.wait_p50_us(self.other),
+            false => measured.all_ms(self.ours).0 / measured.all_ms(self.other).0,
+        }
+    }
+
+    fn mean(&self, functions: &[Measured]) -> f64 {
+        let logarithms: f64 = functions.iter().map(|measured| self.of(measured).ln()).sum();
+        (logarithms / functions.len() as f64).exp()
+    }
+}
+
+/// For people.
+pub fn table(functions: &[Measured]) -> String {
+    let mut text = String::from(
+        "ms until every page of the trace was touched: median (smallest to largest)\n\n",
+    );
+    let _ = write!(text, "{:<24}", "");
+    for measured in functions {
+        let _ = write!(text, "{:>26}", format!("{} ({})", measured.name, measured.pages));
+    }
+    for alternative in ALTERNATIVES {
+        let _ = write!(text, "\n{:<24}", alternative.title());
+        for measured in functions {
+            let (median, least, most) = measured.all_ms(alternative);
+            let _ = write!(text, "{:>26}", format!("{median:.1} ({least:.1} to {most:.1})"));
+        }
+    }
+    text.push_str("\n\nratios, geometric mean over the functions (each of them)\n\n");
+    for ratio in &RATIOS {
+        let each: Vec<_> =
+            functions.iter().map(|measured| format!("{:.2}", ratio.of(measured))).collect();
+        let mean = ratio.mean(functions);
+        let _ = writeln!(text, "{:<60}{mean:>6.2}  ({})", ratio.what, each.join(", "));
+    }
+    text
+}
+
+/// For scripts.
+pub fn json(functions: &[Measured]) -> Value {
+    let start = |(alternative, touched): &(Alternative, Touched)| json!({"way": alternative, "touched": touched});
+    let function = |measured: &Measured| {
+        let starts: Vec<_> = measured.starts.iter().map(start).collect();
+        json!({"name": measured.name, "pages": measured.pages, "starts": starts})
+    };
+    let ratio =
+        |ratio: &Ratio| json!({"what": ratio.what, "geometric_mean": ratio.mean(functions)});
+    json!({
+        "functions": functions.iter().map(function).collect::<Vec<_>>(),
+        "ratios": RATIOS.iter().map(ratio).collect::<Vec<_>>(),
+    })
+}

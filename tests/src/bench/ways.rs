@@ -1,0 +1,204 @@
+//! The alternatives, and the order in which they take turns.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Trace;
+use super::touch::{Touched, write_reap_file};
+use crate::lab::evict;
+use crate::worker::{Worker, reap_pack_json};
+
+/// One alternative.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Alternative {
+    /// Private mapping of the memory file, nothing in page cache.
+    FileCold,
+    /// The same, all in page cache.
+    FileWarm,
+    /// Minimal userfaultfd handler over the mapped memory file, nothing in page cache.
+    DemandCold,
+    /// The same, all in page cache.
+    DemandWarm,
+    /// REAP as published, O_DIRECT.
+    ReapCold,
+    /// REAP, its file in page cache.
+    ReapWarm,
+    /// Our mount, new daemon, store evicted.
+    MountCold,
+    /// Our mount, the second time.
+    MountWarm,
+    /// Our handler without a working set, new daemon, store evicted.
+    OursDemandCold,
+    /// The same, the second time.
+    OursDemandWarm,
+    /// Our handler with the working set, new daemon, store evicted.
+    OursCold,
+    /// The same, the second time: a warm node.
+    OursWarm,
+}
+
+use Alternative::*;
+
+/// All of them, in the order of the table.
+pub const ALTERNATIVES: [Alternative; 12] = [
+    FileCold,
+    DemandCold,
+    ReapCold,
+    MountCold,
+    OursDemandCold,
+    OursCold,
+    FileWarm,
+    DemandWarm,
+    ReapWarm,
+    MountWarm,
+    OursDemandWarm,
+    OursWarm,
+];
+
+impl Alternative {
+    /// For people.
+    pub fn title(self) -> &'static str {
+        match self {
+            FileCold => "file mapping, cold",
+            FileWarm => "file mapping, warm",
+            DemandCold => "minimal handler, cold",
+            DemandWarm => "minimal handler, warm",
+            ReapCold => "REAP, cold (O_DIRECT)",
+            ReapWarm => "REAP, in page cache",
+            MountCold => "our mount, cold",
+            MountWarm => "our mount, warm",
+            OursDemandCold => "ours on demand, cold",
+            OursDemandWarm => "ours on demand, warm",
+            OursCold => "ours, cold",
+            OursWarm => "ours, warm node",
+        }
+    }
+}
+
+/// A function to measure.
+pub struct Function {
+    /// Its name, also in the store.
+    pub name: String,
+    /// Its memory file.
+    pub memory: PathBuf,
+    /// The trace, as a file, for the processes that touch it.
+    pub trace_file: PathBuf,
+    /// The same, read.
+    pub trace: Trace,
+}
+
+/// A store with all functions packed and their working sets recorded.
+pub struct Bench {
+    scratch: PathBuf,
+    url: String,
+}
+
+impl Bench {
+    /// Packs the functions into a new store under `scratch`, which should be on the disk that is to be
+    /// measured, and records a working set of each by touching its trace.
+    pub fn set_up(scratch: &Path, functions: &[Function]) -> Result<Self> {
+        std::fs::create_dir_all(scratch)?;
+        let url = format!("file://{}/store", scratch.display());
+        reap_pack_json(&url, &["init"])?;
+        let bench = Self { scratch: scratch.to_owned(), url };
+        for function in functions {
+            let memory = function.memory.to_str().context("a path in UTF-8")?;
+            reap_pack_json(&bench.url, &["pack", "--name", &function.name, "--memory", memory])?;
+            write_reap_file(&function.memory, &function.trace, &bench.reap_file(function))?;
+        }
+        let worker = bench.worker(&["--settle", "1"])?;
+        for function in functions {
+            let socket = bench.socket(&worker, function, "auto")?;
+            bench.touch(function, &["socket", &socket])?;
+            worker.wait_for_working_set(&function.name)?;
+        }
+        worker.stop()?;
+        Ok(bench)
+    }
+
+    fn reap_file(&self, function: &Function) -> PathBuf {
+        self.scratch.join(format!("{}.reap", function.name))
+    }
+
+    fn worker(&self, arguments: &[&str]) -> Result<Worker> {
+        Worker::start(&self.url, &self.scratch.join("worker"), arguments)
+    }
+
+    fn socket(&self, worker: &Worker, function: &Function, mode: &str) -> Result<String> {
+        let prepared = worker.prepare(&function.name, mode)?;
+        Ok(prepared["uffd"].as_str().context("a socket")?.to_owned())
+    }
+
+    /// One start in a process of its own.
+    fn touch(&self, function: &Function, way: &[&str]) -> Result<Touched> {
+        let output = Command::new(std::env::current_exe()?)
+            .arg("touch")
+            .arg(&function.memory)
+            .arg(&function.trace_file)
+            .args(way)
+            .stdin(Stdio::null())
+            .output()?;
+        let reason = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {way:?}: {}: {reason}", function.name, output.status);
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// One round: every alternative once.
+    pub fn round(&self, function: &Function) -> Result<Vec<(Alternative, Touched)>> {
+        let path = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
+        let (memory, reap) = (path(&function.memory)?, path(&self.reap_file(function))?);
+        let file = ["file", &memory];
+        let mut taken = Vec::new();
+        let mut take = |alternative, cold: bool, way: &[&str]| -> Result<()> {
+            if cold {
+                evict(&function.memory)?;
+                evict(&self.reap_file(function))?;
+            }
+            taken.push((alternative, self.touch(function, way)?));
+            Ok(())
+        };
+        take(FileCold, true, &file)?;
+        take(DemandCold, true, &["demand"])?;
+        take(ReapCold, true, &["reap", &reap])?;
+        // Read through the file systems's own reads, so that all of both files is there.
+        std::fs::read(&function.memory)?;
+        std::fs::read(self.reap_file(function))?;
+        take(FileWarm, false, &file)?;
+        take(DemandWarm, false, &["demand"])?;
+        take(ReapWarm, false, &["reap", &reap, "--cached"])?;
+        for (cold, warm, mode) in
+            [(OursCold, OursWarm, "prefetch"), (OursDemandCold, OursDemandWarm, "demand")]
+        {
+            let worker = self.worker(&[])?;
+            let socket = self.socket(&worker, function, mode)?;
+            self.evict_store()?;
+            take(cold, false, &["socket", &socket])?;
+            take(warm, false, &["socket", &socket])?;
+            worker.stop()?;
+        }
+        let worker = self.worker(&[])?;
+        let mounted = path(&worker.mount().join("snapshots").join(&function.name).join("memory"))?;
+        worker.prepare(&function.name, "demand")?;
+        self.evict_store()?;
+        take(MountCold, false, &["file", &mounted])?;
+        take(MountWarm, false, &["file", &mounted])?;
+        worker.stop()?;
+        Ok(taken)
+    }
+
+    fn evict_store(&self) -> Result<()> {
+        evict_tree(&self.scratch.join("store"))
+    }
+}
+
+/// Takes the files of a directory and of those under it out of the page cache.
+pub fn evict_tree(directory: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() { evict_tree(&path)? } else { evict(&path)? }
+    }
+    Ok(())
+}
