@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use crate::fetch::{Fetcher, FrameSpec, ObjectId};
+use crate::format::frame::FrameEntry;
+use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
 use crate::format::record::Commit;
 use crate::id::Hash;
@@ -238,6 +240,15 @@ impl Snapshot {
             urgency,
             &(Arc::new(move |tag, frame| done(index(tag), frame)) as _),
         );
+    }
+
+    /// Where a frame is packed.
+    pub(crate) fn packed_frame(&self, frame: FrameIndex) -> Option<(PackId, FrameEntry)> {
+        let spec = self.frames.get(frame.0 as usize)?;
+        match spec.object {
+            ObjectId::Pack(pack) => Some((pack, spec.entry)),
+            ObjectId::WorkingSet(..) => None,
+        }
     }
 
     pub(crate) fn fetcher(&self) -> &Fetcher {

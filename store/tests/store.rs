@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use reap_store::pack::{Input, Packed, Request, pack};
+use reap_store::pack::{Input, Lineage, Packed, Request, pack};
 use reap_store::{
     Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, Source, Store,
     Touch, Urgency,
@@ -97,6 +97,9 @@ impl Fixture {
             vmm_version: None,
             guest_page_bytes: None,
             level: 3,
+            lineage: Lineage::default(),
+            diff: false,
+            replaces: None,
         }
     }
 
