@@ -90,8 +90,7 @@ impl Index {
         }
         let bytes = fetch_footer(store, pack).await?;
         self.put(&path, |staged| std::fs::write(staged, &bytes))?;
-        let mapped =
-            Mapped::open(&path).map_err(|error| Error::local(path.display(), error))?;
+        let mapped = Mapped::open(&path).map_err(|error| Error::local(path.display(), error))?;
         PackPages::verify(pack.pack, pack.bytes, mapped)
             .map_err(|why| Error::damaged(pack.pack.key(), why))
     }
@@ -116,8 +115,7 @@ impl Index {
             }
         }
         self.put(&path, |staged| table::write(staged, snapshot, packs))?;
-        let mapped =
-            Mapped::open(&path).map_err(|error| Error::local(path.display(), error))?;
+        let mapped = Mapped::open(&path).map_err(|error| Error::local(path.display(), error))?;
         Table::check(snapshot, mapped).map_err(|why| Error::local(path.display(), why))
     }
 
@@ -191,7 +189,8 @@ async fn fetch_footer(store: &Store, pack: &PackRef) -> Result<Vec<u8>, Error> {
     let length = pack.bytes;
     let begin = length.saturating_sub(FIRST_READ_BYTES);
     let end = store.objects().get_range(&key, begin..length, true).await?;
-    let trailer = end.len().checked_sub(pack::TRAILER_BYTES).ok_or_else(|| damaged("is short".into()))?;
+    let trailer =
+        end.len().checked_sub(pack::TRAILER_BYTES).ok_or_else(|| damaged("is short".into()))?;
     let footer = pack::footer_range(&end[trailer..], length).map_err(damaged)?;
     if footer.start >= begin {
         let skipped = usize::try_from(footer.start - begin).unwrap_or(usize::MAX);

@@ -107,7 +107,8 @@ async fn relatives(
     let mut kin: Vec<_> = known
         .iter()
         .filter(|(_, kinship)| {
-            kinship.name == request.name.as_str() || (base.is_some() && kinship.base.as_ref() == base)
+            kinship.name == request.name.as_str()
+                || (base.is_some() && kinship.base.as_ref() == base)
         })
         .collect();
     kin.sort_by_key(|(_, kinship)| Reverse(kinship.created_unix_ms));
@@ -117,10 +118,7 @@ async fn relatives(
 
 /// What the commit records of all snapshots say of themselves. Commit records never change, so
 /// each is read once on a node.
-async fn kinships(
-    store: &Store,
-    index: &Index,
-) -> Result<BTreeMap<SnapshotId, Kinship>, Error> {
+async fn kinships(store: &Store, index: &Index) -> Result<BTreeMap<SnapshotId, Kinship>, Error> {
     let ids = store.ids().await?;
     let mut remembered = index.kinships();
     let before = remembered.len();

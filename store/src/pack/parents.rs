@@ -102,7 +102,9 @@ impl Parents {
                         Ok(Some(ParentPack { reference, pages: None }))
                     }
                     // Nothing may refer to a pack that is not as it was committed.
-                    Err(error) if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::NotFound) => {
+                    Err(error)
+                        if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::NotFound) =>
+                    {
                         tracing::warn!("{error}: its pages are stored again");
                         Ok(None)
                     }

@@ -210,16 +210,13 @@ impl SourceFile {
 }
 
 /// A diff must be one: as long as what it differs from, and with the holes that tell what is new.
-fn check_diff(
-    path: &Path,
-    file: &OpenFile,
-    bytes: u64,
-    below: &SnapshotFile,
-) -> Result<(), Error> {
+fn check_diff(path: &Path, file: &OpenFile, bytes: u64, below: &SnapshotFile) -> Result<(), Error> {
     let path = path.display();
     let parent_bytes = below.snapshot.files()[below.file].size;
     if bytes != parent_bytes {
-        let text = format!("is {bytes} bytes long, its parent's memory is {parent_bytes}: a diff is as long");
+        let text = format!(
+            "is {bytes} bytes long, its parent's memory is {parent_bytes}: a diff is as long"
+        );
         return Err(Error::invalid(path, text));
     }
     let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0));
@@ -254,7 +251,8 @@ impl SpanReader {
         let offset = first * PAGE_SIZE as u64;
         let length = usize::try_from(page_count).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
         let wanted = usize::try_from(self.bytes - offset).unwrap_or(usize::MAX).min(length);
-        let mut block = Block { page_count, pages: Vec::with_capacity(SPAN_PAGES), bytes: Vec::new() };
+        let mut block =
+            Block { page_count, pages: Vec::with_capacity(SPAN_PAGES), bytes: Vec::new() };
         READ_BUFFER.with_borrow_mut(|buffer| {
             buffer.resize(length, 0);
             buffer[wanted..].fill(0);

@@ -179,8 +179,9 @@ mod tests {
     fn every_page_is_found_and_no_other_whatever_the_number_of_passes() {
         let directory = tempfile::tempdir().expect("directory");
         let snapshot = SnapshotId::random();
-        let packs: Vec<PackPages> =
-            (0..3).map(|pack| pack_of(directory.path(), pack, pack * 1000..pack * 1000 + 1500)).collect();
+        let packs: Vec<PackPages> = (0..3)
+            .map(|pack| pack_of(directory.path(), pack, pack * 1000..pack * 1000 + 1500))
+            .collect();
         let numbered: Vec<(u32, &PackPages)> = (0..).zip(&packs).collect();
         for entries_at_once in [1 << 20, 700, 64] {
             let path = directory.path().join("table");
