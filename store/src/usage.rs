@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use crate::format::frame::FRAME_ENTRY_BYTES;
 use crate::format::keys::{self, PackId};
 use crate::format::manifest::Manifest;
+use crate::format::pack;
 use crate::format::record::Commit;
 use crate::store::Store;
 use crate::{Error, PAGE_SIZE, SnapshotId};
@@ -34,7 +36,8 @@ pub struct SnapshotUsage {
 pub struct PackUsage {
     /// Bytes of the object.
     pub bytes: u64,
-    /// Stored bytes of the frames that some snapshot refers to.
+    /// Bytes of the frames that some snapshot refers to, of their part of the footer, and of what
+    /// every pack has: all of a pack that is wholly in use.
     pub live_bytes: u64,
 }
 
@@ -97,7 +100,8 @@ pub async fn usage(store: &Store) -> Result<Usage, Error> {
             usage.snapshots[owner].exclusive_bytes += frame.stored_bytes;
         }
         if let Some(pack) = usage.packs.get_mut(pack) {
-            pack.live_bytes += frame.stored_bytes;
+            let page_ids = frame.decoded_bytes / PAGE_SIZE as u64 * 32;
+            pack.live_bytes += frame.stored_bytes + FRAME_ENTRY_BYTES as u64 + page_ids;
         }
     }
     usage.dead_bytes =
@@ -127,7 +131,9 @@ fn add_snapshot(
             });
     }
     for pack in &commit.packs {
-        usage.packs.insert(pack.pack, PackUsage { bytes: pack.bytes, live_bytes: 0 });
+        usage
+            .packs
+            .insert(pack.pack, PackUsage { bytes: pack.bytes, live_bytes: pack::EMPTY_BYTES });
     }
     let raw_bytes = commit.files.iter().map(|file| file.bytes).sum();
     let data_pages = commit.statistics.pages - commit.statistics.zero_pages;

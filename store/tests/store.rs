@@ -16,9 +16,14 @@ use std::sync::mpsc;
 
 use reap_store::pack::{Input, Lineage, Packed, Request, pack};
 use reap_store::{
-    Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, Source, Store,
-    Touch, Urgency,
+    Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, SnapshotId,
+    Source, Store, Touch, Urgency,
 };
+
+#[path = "store/dedup.rs"]
+mod dedup;
+#[path = "store/rewrite.rs"]
+mod rewrite;
 
 struct Fixture {
     directory: tempfile::TempDir,
