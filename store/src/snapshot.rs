@@ -242,6 +242,19 @@ impl Snapshot {
         );
     }
 
+    /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the
+    /// lower urgency.
+    pub(crate) fn stream(
+        &self,
+        frames: impl IntoIterator<Item = FrameIndex>,
+        done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static,
+    ) {
+        let wanted = frames.into_iter().map(|frame| frame.0 as usize);
+        let wanted = wanted.map(|index| (self.frames[index], index));
+        let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
+        self.fetcher.stream(wanted, &(Arc::new(move |tag, frame| done(index(tag), frame)) as _));
+    }
+
     /// Where a frame is packed.
     pub(crate) fn packed_frame(&self, frame: FrameIndex) -> Option<(PackId, FrameEntry)> {
         let spec = self.frames.get(frame.0 as usize)?;
