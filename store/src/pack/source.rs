@@ -17,6 +17,9 @@ use crate::{Error, File, Frame, FrameIndex, PAGE_SIZE, Snapshot, Source, Urgency
 /// Pages that are read and hashed as one piece of work: 1 MiB.
 const SPAN_PAGES: usize = 256;
 
+/// Pages of one read: 128 KiB stay in a core's own cache until they are hashed.
+const READ_PAGES: usize = 32;
+
 /// Some neighbouring pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
@@ -248,24 +251,29 @@ impl SpanReader {
         let Some((file, path)) = &self.file else {
             return Err(Error::local("packing", "a snapshot was read as a file; this is a bug"));
         };
-        let offset = first * PAGE_SIZE as u64;
-        let length = usize::try_from(page_count).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
-        let wanted = usize::try_from(self.bytes - offset).unwrap_or(usize::MAX).min(length);
         let mut block =
             Block { page_count, pages: Vec::with_capacity(SPAN_PAGES), bytes: Vec::new() };
+        let mut before = None;
         READ_BUFFER.with_borrow_mut(|buffer| {
-            buffer.resize(length, 0);
-            buffer[wanted..].fill(0);
-            file.read_exact_at(&mut buffer[..wanted], offset).map_err(|error| {
-                let shrunk = error.kind() == std::io::ErrorKind::UnexpectedEof;
-                if shrunk {
-                    Error::refused(path.display(), "became shorter while it was packed")
-                } else {
-                    Error::local(path.display(), error)
-                }
-            })?;
-            let mut before = None;
-            buffer.chunks_exact(PAGE_SIZE).for_each(|page| block.push(page, parents, &mut before));
+            buffer.resize(READ_PAGES * PAGE_SIZE, 0);
+            let end = first + page_count;
+            for first in (first..end).step_by(READ_PAGES) {
+                let offset = first * PAGE_SIZE as u64;
+                let inside = usize::try_from(self.bytes - offset).unwrap_or(usize::MAX);
+                let pages = (end - first).min(READ_PAGES as u64);
+                let length = usize::try_from(pages).unwrap_or(usize::MAX) * PAGE_SIZE;
+                let buffer = &mut buffer[..length];
+                let (wanted, behind) = buffer.split_at_mut(inside.min(length));
+                behind.fill(0);
+                file.read_exact_at(wanted, offset).map_err(|error| match error.kind() {
+                    std::io::ErrorKind::UnexpectedEof => {
+                        Error::refused(path.display(), "became shorter while it was packed")
+                    }
+                    _ => Error::local(path.display(), error),
+                })?;
+                let pages = buffer.chunks_exact(PAGE_SIZE);
+                pages.for_each(|page| block.push(page, parents, &mut before));
+            }
             Ok(block)
         })
     }
