@@ -93,3 +93,27 @@ fn repack_one(
     let packs_left = left as u64;
     Ok(Some(Repacked { replaced: id, names, working_sets, packs_left, packed }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Store;
+
+    #[test]
+    fn a_name_is_moved_only_from_where_it_was() {
+        let runtime = Runtime::new().expect("runtime");
+        let directory = tempfile::tempdir().expect("directory");
+        let url = format!("file://{}/store", directory.path().display());
+        let name: Name = "f".parse().expect("a name");
+        let [old, new, newer] = [1, 2, 3].map(|byte| SnapshotId::from_bytes([byte; 16]));
+        runtime.block_on(async {
+            let store = Store::init(&url).await.expect("made");
+            assert!(!store.move_name(&name, old, new).await.expect("asked"), "no such name");
+            store.tag(&name, old).await.expect("tagged");
+            assert!(store.move_name(&name, old, new).await.expect("asked"));
+            store.tag(&name, newer).await.expect("tagged");
+            assert!(!store.move_name(&name, new, old).await.expect("asked"), "it went elsewhere");
+            assert_eq!(store.resolve(&name).await.expect("resolved"), newer);
+        });
+    }
+}
