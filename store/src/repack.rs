@@ -11,7 +11,7 @@ use crate::format::keys::PackId;
 use crate::pack::{Lineage, Packed, Progress};
 use crate::rewrite::Rewrite;
 use crate::usage::Usage;
-use crate::{Error, Name, Node, SnapshotId};
+use crate::{Error, ErrorKind, Name, Node, SnapshotId};
 
 /// How many snapshots that were repacked just now are parents of the next: relatives share pages.
 const EARLIER_PARENTS: usize = 4;
@@ -51,9 +51,18 @@ pub fn repack(
         let parents: Vec<_> = earlier.map(|one| one.packed.id).chain([*id]).collect();
         let lineage =
             Lineage { parents, automatic: false, index: index.cloned(), avoided: dying.clone() };
-        repacked.extend(repack_one(node, runtime, *id, lineage, &dying, progress)?);
+        match repack_one(node, runtime, *id, lineage, &dying, progress) {
+            Ok(one) => repacked.extend(one),
+            // Somebody removed it meanwhile, which does as well.
+            Err(error) if error.kind() == ErrorKind::NotFound && is_removed(node, *id)? => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(repacked)
+}
+
+fn is_removed(node: &Node, id: SnapshotId) -> Result<bool, Error> {
+    node.block_on(node.store().is_removed(id))
 }
 
 fn repack_one(
