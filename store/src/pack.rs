@@ -4,6 +4,7 @@
 //! One thread drives; the workers scan (read, find zeros, hash) and compress. [`Builder`] in
 //! between is sequential, because the order of pages decides what lies next to what.
 
+mod below;
 mod builder;
 mod host;
 mod index;
@@ -32,9 +33,10 @@ use parents::Parents;
 use source::Block;
 use transaction::Transaction;
 
+pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
 pub use lineage::{BASE_LABEL, Lineage};
-pub(crate) use source::{SnapshotFile, SourceFile};
+pub(crate) use source::SourceFile;
 
 /// Blocks that are being scanned ahead of the builder, for each worker.
 const SCANS_AHEAD: usize = 4;

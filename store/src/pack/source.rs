@@ -2,17 +2,17 @@
 //! file, a diff over a snapshot's file, or a snapshot's file itself.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::fs::File as OpenFile;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Input;
+use super::below::SnapshotFile;
 use super::parents::{Beside, Known, Parents};
 use crate::format::manifest::MAX_FILE_BYTES;
 use crate::id::Hash;
-use crate::{Error, File, Frame, FrameIndex, PAGE_SIZE, Snapshot, Source, Urgency};
+use crate::{Error, File, PAGE_SIZE};
 
 /// Pages that are read and hashed as one piece of work: 1 MiB.
 const SPAN_PAGES: usize = 256;
@@ -69,7 +69,7 @@ impl Block {
     }
 
     /// Adds a page with these bytes.
-    fn push(&mut self, page: &[u8], parents: &Parents, before: &mut Option<Beside>) {
+    pub(super) fn push(&mut self, page: &[u8], parents: &Parents, before: &mut Option<Beside>) {
         if is_zero(page) {
             self.pages.push(Page::Zero);
             return;
@@ -83,14 +83,6 @@ impl Block {
             }
         });
     }
-}
-
-/// A file of a snapshot that is there already.
-pub(crate) struct SnapshotFile {
-    pub(crate) snapshot: Arc<Snapshot>,
-    pub(crate) file: usize,
-    /// The new snapshot goes to the same store, so frames may be referred to as they are.
-    pub(crate) same_store: bool,
 }
 
 /// Reads spans; shared with the workers.
@@ -141,7 +133,7 @@ impl SourceFile {
             return Err(Error::invalid(path.display(), "is longer than 16 TiB"));
         }
         if let Some(below) = &below {
-            check_diff(path, &file, before.bytes, below)?;
+            below.check_diff(path, &file, before.bytes)?;
         }
         let reader = SpanReader { file: Some((file, path.clone())), below, bytes: before.bytes };
         let file = File { name: input.name.clone(), kind: input.kind, size: before.bytes };
@@ -212,25 +204,6 @@ impl SourceFile {
     }
 }
 
-/// A diff must be one: as long as what it differs from, and with the holes that tell what is new.
-fn check_diff(path: &Path, file: &OpenFile, bytes: u64, below: &SnapshotFile) -> Result<(), Error> {
-    let path = path.display();
-    let parent_bytes = below.snapshot.files()[below.file].size;
-    if bytes != parent_bytes {
-        let text = format!(
-            "is {bytes} bytes long, its parent's memory is {parent_bytes}: a diff is as long"
-        );
-        return Err(Error::invalid(path, text));
-    }
-    let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0));
-    if hole.is_ok_and(|at| at < bytes) {
-        return Ok(());
-    }
-    let text = "has no holes, so it is no diff (or its file system does not keep holes): pack it \
-                without --diff";
-    Err(Error::invalid(path, text))
-}
-
 /// Pages `from..to` in pieces of one span.
 fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
     (from..to).step_by(SPAN_PAGES).map(move |first| (first, (SPAN_PAGES as u64).min(to - first)))
@@ -243,7 +216,10 @@ impl SpanReader {
                 Ok(Block { page_count: pages, pages: Vec::new(), bytes: Vec::new() })
             }
             Span::Data { first, pages } => self.read_file(first, pages, parents),
-            Span::Below { first, pages } => self.read_below(first, pages, parents),
+            Span::Below { first, pages } => match &self.below {
+                Some(below) => below.read(first, pages, parents),
+                None => Err(Error::local("packing", "nothing lies below; this is a bug")),
+            },
         }
     }
 
@@ -278,49 +254,6 @@ impl SpanReader {
         })
     }
 
-    /// Frames of the snapshot below that may be referred to are; others are fetched.
-    fn read_below(&self, first: u64, page_count: u64, parents: &Parents) -> Result<Block, Error> {
-        let Some(below) = &self.below else {
-            return Err(Error::local("packing", "there is no snapshot below; this is a bug"));
-        };
-        let snapshot = &below.snapshot;
-        let extents: Vec<_> = snapshot.extents(below.file, first..first + page_count).collect();
-        let known = |frame: FrameIndex, position: u32| {
-            let (pack, entry) = snapshot.packed_frame(frame)?;
-            parents.frame(pack, entry, position).filter(|_| below.same_store)
-        };
-        let mut wanted = Vec::new();
-        for (_, extent) in &extents {
-            if let Source::Frame { frame, position } = extent.source
-                && known(frame, position).is_none()
-            {
-                wanted.push(frame);
-            }
-        }
-        let frames = fetch(snapshot, &wanted)?;
-        let mut block = Block { page_count, pages: Vec::new(), bytes: Vec::new() };
-        let mut before = None;
-        for (_, extent) in extents {
-            for page in 0..u32::try_from(extent.pages).unwrap_or(u32::MAX) {
-                let Source::Frame { frame, position } = extent.source else {
-                    block.pages.push(Page::Zero);
-                    continue;
-                };
-                match (frames.get(&frame), known(frame, position + page)) {
-                    (Some(bytes), _) => {
-                        block.push(bytes.pages(position + page, 1), parents, &mut before);
-                    }
-                    (None, Some(known)) => block.pages.push(Page::Known(known)),
-                    (None, None) => {
-                        let text = "a frame was not fetched; this is a bug";
-                        return Err(Error::local("packing", text));
-                    }
-                }
-            }
-        }
-        Ok(block)
-    }
-
     /// The first page at or after `page` that is not wholly in a hole.
     fn next_data(&self, page: u64) -> Result<u64, Error> {
         let Some((file, path)) = &self.file else { return Ok(u64::MAX) };
@@ -351,19 +284,6 @@ fn identity(file: &OpenFile) -> std::io::Result<Identity> {
         modified: (metadata.mtime(), metadata.mtime_nsec()),
         changed: (metadata.ctime(), metadata.ctime_nsec()),
     })
-}
-
-/// Frames of a snapshot, whatever it takes; on a packing worker, which may wait.
-fn fetch(
-    snapshot: &Arc<Snapshot>,
-    wanted: &[FrameIndex],
-) -> Result<HashMap<FrameIndex, Frame>, Error> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    snapshot.fetch(wanted, Urgency::Prefetch, move |index, frame| {
-        // A receiver that is gone has had its error.
-        sender.send((index, frame)).unwrap_or_default();
-    });
-    receiver.into_iter().map(|(index, frame)| Ok((index, frame?))).collect()
 }
 
 thread_local! {
