@@ -53,17 +53,21 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// The index of `store` under `directory`, or one that is forgotten at once.
+    /// The index of `store` under `directory`, or one that is forgotten at once: where there is no
+    /// directory, or it cannot be written to.
     pub(super) fn open(store: SnapshotId, directory: Option<&Path>) -> Result<Self, Error> {
-        let local = |error: std::io::Error| Error::local("making an index directory", error);
-        let (root, temporary) = match directory {
-            Some(directory) => (directory.to_owned(), None),
-            None => {
-                let temporary = tempfile::tempdir().map_err(local)?;
-                (temporary.path().to_owned(), Some(temporary))
+        if let Some(directory) = directory {
+            match Self::make(directory.join(store.to_string()), None) {
+                Ok(index) => return Ok(index),
+                Err(error) => tracing::warn!("nothing is remembered: {error}"),
             }
-        };
-        let directory = root.join(store.to_string());
+        }
+        let temporary = tempfile::tempdir();
+        let temporary = temporary.map_err(|error| Error::local("making an index", error))?;
+        Self::make(temporary.path().to_owned(), Some(temporary))
+    }
+
+    fn make(directory: PathBuf, temporary: Option<tempfile::TempDir>) -> Result<Self, Error> {
         for part in ["footer", "pages"] {
             let path = directory.join(part);
             std::fs::create_dir_all(&path).map_err(|error| Error::local(path.display(), error))?;

@@ -321,6 +321,17 @@ fn wrong_hints_cost_space_and_nothing_else() {
 }
 
 #[test]
+fn an_index_that_cannot_be_kept_is_done_without() {
+    let fixture = Fixture::new();
+    let memory = distinct_bytes(100, 1);
+    fixture.file("index", b"a file where the directory should be");
+    fixture.pack_related("f", &memory);
+    let second = fixture.pack_related("f", &memory);
+    assert_eq!(second.statistics.parent_pages, 100);
+    assert!(fixture.bytes_of(second.id) == memory);
+}
+
+#[test]
 fn a_pack_that_is_lost_or_shortened_is_not_referred_to() {
     let fixture = Fixture::new();
     let memory = distinct_bytes(200, 1);
