@@ -1,14 +1,14 @@
 //! A file of a snapshot that is there already, as a source of pages: by itself when it is written once
 //! more, or below a diff.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File as OpenFile;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::parents::Parents;
 use super::source::{Block, Page};
-use crate::{Error, Frame, FrameIndex, Snapshot, Source, Urgency};
+use crate::{Error, Frame, FrameIndex, Snapshot, Source};
 
 /// A file of a snapshot that is there already.
 pub(crate) struct SnapshotFile {
@@ -51,15 +51,15 @@ impl SnapshotFile {
             let (pack, entry) = snapshot.packed_frame(frame)?;
             parents.frame(pack, entry, position).filter(|_| self.same_store)
         };
-        let mut wanted = Vec::new();
+        let mut wanted = BTreeSet::new();
         for (_, extent) in &extents {
             if let Source::Frame { frame, position } = extent.source
                 && known(frame, position).is_none()
             {
-                wanted.push(frame);
+                wanted.insert(frame);
             }
         }
-        let frames = fetch(snapshot, &wanted)?;
+        let frames = fetch(snapshot, wanted)?;
         let mut block = Block { page_count, pages: Vec::new(), bytes: Vec::new() };
         let mut before = None;
         for (_, extent) in extents {
@@ -87,10 +87,10 @@ impl SnapshotFile {
 /// Frames of a snapshot, whatever it takes; on a packing worker, which may wait.
 fn fetch(
     snapshot: &Arc<Snapshot>,
-    wanted: &[FrameIndex],
+    wanted: BTreeSet<FrameIndex>,
 ) -> Result<HashMap<FrameIndex, Frame>, Error> {
     let (sender, receiver) = std::sync::mpsc::channel();
-    snapshot.fetch(wanted, Urgency::Prefetch, move |index, frame| {
+    snapshot.stream(wanted, move |index, frame| {
         // A receiver that is gone has had its error.
         sender.send((index, frame)).unwrap_or_default();
     });

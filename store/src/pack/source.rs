@@ -17,6 +17,8 @@ use crate::{Error, File, PAGE_SIZE};
 /// Pages that are read and hashed as one piece of work: 1 MiB.
 const SPAN_PAGES: usize = 256;
 
+/// The same for a snapshot's file: 4 MiB, because its frames may come from a remote store.
+const BELOW_PAGES: usize = 1024;
 /// Pages of one read: 128 KiB stay in a core's own cache until they are hashed.
 const READ_PAGES: usize = 32;
 
@@ -39,7 +41,7 @@ pub(super) enum Span {
     Below {
         /// First page.
         first: u64,
-        /// How many, at most [`SPAN_PAGES`].
+        /// How many, at most [`BELOW_PAGES`].
         pages: u64,
     },
 }
@@ -173,7 +175,7 @@ impl SourceFile {
             self.push_hole(&mut spans, page, data);
             let hole =
                 if data < page_count { self.reader.next_hole(data)?.min(page_count) } else { data };
-            for (first, pages) in pieces(data, hole) {
+            for (first, pages) in pieces(data, hole, SPAN_PAGES) {
                 spans.push(Span::Data { first, pages });
             }
             page = hole;
@@ -184,7 +186,8 @@ impl SourceFile {
     /// Pages that the file itself has nothing for.
     fn push_hole(&self, spans: &mut Vec<Span>, from: u64, to: u64) {
         if self.reader.below.is_some() {
-            spans.extend(pieces(from, to).map(|(first, pages)| Span::Below { first, pages }));
+            let pieces = pieces(from, to, BELOW_PAGES);
+            spans.extend(pieces.map(|(first, pages)| Span::Below { first, pages }));
         } else if to > from {
             spans.push(Span::Zeros { pages: to - from });
         }
@@ -204,9 +207,9 @@ impl SourceFile {
     }
 }
 
-/// Pages `from..to` in pieces of one span.
-fn pieces(from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
-    (from..to).step_by(SPAN_PAGES).map(move |first| (first, (SPAN_PAGES as u64).min(to - first)))
+/// Pages `from..to` in pieces of at most `longest`.
+fn pieces(from: u64, to: u64, longest: usize) -> impl Iterator<Item = (u64, u64)> {
+    (from..to).step_by(longest).map(move |first| (first, (longest as u64).min(to - first)))
 }
 
 impl SpanReader {
