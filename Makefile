@@ -3,13 +3,17 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test build install clean
+.PHONY: demo test bench-pack build install clean
 
 demo: build
 	./target/release/demo
 
 test: build
 	./tests/run.sh
+
+# Minutes: boots seven guests. The figures of docs/BENCHMARKS.md, "Packing".
+bench-pack: build
+	./target/release/bench-pack
 
 build: install
 	cargo build --release --workspace --locked

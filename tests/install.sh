@@ -11,6 +11,8 @@ fail() {
 missing=()
 command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 command -v make >/dev/null || missing+=(make)
+# What packing is compared with.
+command -v zstd >/dev/null || missing+=(zstd)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 command -v fusermount3 >/dev/null || missing+=(fuse3)
 # For the bindings to the kernel's userfaultfd header.

@@ -100,6 +100,9 @@ fn pack_as(directory: &Path, name: &str, memory: &[u8]) -> Packed {
         vmm_version: None,
         guest_page_bytes: None,
         level: 1,
+        lineage: reap_store::pack::Lineage::default(),
+        diff: false,
+        replaces: None,
     };
     pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(())).expect("packs")
 }

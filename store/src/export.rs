@@ -1,16 +1,20 @@
 //! A snapshot back into plain files, bit for bit, with its zeros as holes.
+//!
+//! Frames are read in the order in which they lie in their packs, each once and in long requests, and
+//! written to wherever the files have their pages: a snapshot that shares pages with others is
+//! scattered over their packs, and reading it in the order of its files would cost a request for
+//! every few pages.
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::fs::File as OpenFile;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::working_set::fetch_all;
-use crate::{Error, Extent, FrameIndex, PAGE_SIZE, Snapshot, Source};
+use crate::{Error, Frame, FrameIndex, PAGE_SIZE, Snapshot, Source};
 
-/// Frames that are fetched, and so decoded in memory, at once: 32 MiB of usual frames.
-const BATCH_FRAMES: usize = 512;
+/// Stored bytes that are asked for at once, and so at most are in memory: 8 long requests.
+const BATCH_BYTES: u64 = 64 << 20;
 
 /// Writes all files of `snapshot` into `directory`, which is made if need be; a file that is there
 /// is not touched and ends the export. `progress` gets bytes done and bytes in all. On an error
@@ -41,9 +45,8 @@ async fn write_files(
     written: &mut Vec<PathBuf>,
     progress: &mut (dyn FnMut(u64, u64) + Send),
 ) -> Result<(), Error> {
-    let total = snapshot.files().iter().map(|file| file.size).sum();
-    let mut done = 0;
-    for (number, file) in snapshot.files().iter().enumerate() {
+    let mut outputs = Vec::new();
+    for file in snapshot.files() {
         let path = directory.join(&file.name);
         let local = |error: std::io::Error| Error::local(path.display(), error);
         let open = OpenFile::create_new(&path).map_err(|error| match error.kind() {
@@ -54,66 +57,111 @@ async fn write_files(
         })?;
         written.push(path.clone());
         open.set_len(file.size).map_err(local)?;
-        let mut page = 0;
-        while let Some((batch, next)) = next_batch(snapshot, number, page) {
-            write_batch(snapshot, &open, file.size, &batch).await.map_err(|error| match error {
-                Failure::Fetch(error) => error,
-                Failure::Write(error) => local(error),
-            })?;
-            page = next;
-            progress(done + (page * PAGE_SIZE as u64).min(file.size), total);
-        }
-        done += file.size;
-        open.sync_data().map_err(local)?;
+        outputs.push(Output { file: open, path, bytes: file.size });
+    }
+    let outputs = Arc::new(outputs);
+    let (frames, pieces) = plan(snapshot);
+    let pieces = Arc::new(pieces);
+    let (total, mut done) = (snapshot.files().iter().map(|file| file.size).sum(), 0);
+    let data: u64 = (0..snapshot.files().len()).map(|file| snapshot.data_pages(file)).sum();
+    // Holes are there from the start.
+    done += total - (data * PAGE_SIZE as u64).min(total);
+    for batch in batches(snapshot, &frames) {
+        done += write_batch(snapshot, batch, &pieces, &outputs).await?;
+        progress(done.min(total), total);
+    }
+    for output in outputs.iter() {
+        output.file.sync_data().map_err(|error| Error::local(output.path.display(), error))?;
     }
     Ok(())
 }
 
-enum Failure {
-    Fetch(Error),
-    Write(std::io::Error),
+struct Output {
+    file: OpenFile,
+    path: PathBuf,
+    bytes: u64,
 }
 
-/// Extents with bytes from `page` on, and the page after them; `None` at the end of the file.
-type Batch = Vec<(u64, Extent)>;
+/// Pages of a frame, and where they belong.
+#[derive(Clone, Copy)]
+struct Piece {
+    position: u32,
+    pages: u32,
+    file: usize,
+    first_page: u64,
+}
 
-fn next_batch(snapshot: &Snapshot, file: usize, mut page: u64) -> Option<(Batch, u64)> {
-    let mut batch = Vec::new();
-    let mut frames = BTreeSet::new();
-    let first = page;
-    while frames.len() < BATCH_FRAMES
-        && let Some(extent) = snapshot.extent(file, page)
-    {
-        if let Source::Frame { frame, .. } = extent.source {
-            frames.insert(frame);
-            batch.push((page, extent));
+/// All frames in the order of their packs, and what becomes of each.
+fn plan(snapshot: &Snapshot) -> (Vec<FrameIndex>, HashMap<FrameIndex, Vec<Piece>>) {
+    let mut pieces: HashMap<FrameIndex, Vec<Piece>> = HashMap::new();
+    for (file, description) in snapshot.files().iter().enumerate() {
+        for (first_page, extent) in snapshot.extents(file, 0..description.page_count()) {
+            if let Source::Frame { frame, position } = extent.source {
+                let pages = u32::try_from(extent.pages).unwrap_or(u32::MAX);
+                let piece = Piece { position, pages, file, first_page };
+                pieces.entry(frame).or_default().push(piece);
+            }
         }
-        page += extent.pages;
     }
-    (page > first).then_some((batch, page))
+    let mut frames: Vec<FrameIndex> = pieces.keys().copied().collect();
+    let place = |frame: &FrameIndex| {
+        snapshot.packed_frame(*frame).map(|(pack, entry)| (pack, entry.offset))
+    };
+    frames.sort_by_key(place);
+    (frames, pieces)
 }
 
+/// `frames` in slices of [`BATCH_BYTES`].
+fn batches<'a>(
+    snapshot: &Snapshot,
+    mut frames: &'a [FrameIndex],
+) -> impl Iterator<Item = &'a [FrameIndex]> {
+    let stored = |frame: &FrameIndex| {
+        snapshot.packed_frame(*frame).map_or(0, |(_, entry)| u64::from(entry.stored_bytes))
+    };
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let count = frames.iter().take_while(|frame| {
+            bytes += stored(frame);
+            bytes <= BATCH_BYTES
+        });
+        let (batch, rest) = frames.split_at(count.count().max(1).min(frames.len()));
+        frames = rest;
+        (!batch.is_empty()).then_some(batch)
+    })
+}
+
+/// Writes the frames as they come, on the threads that decode them; answers with the bytes written.
 async fn write_batch(
     snapshot: &Arc<Snapshot>,
-    open: &OpenFile,
-    file_bytes: u64,
-    batch: &[(u64, Extent)],
-) -> Result<(), Failure> {
-    let wanted: Vec<FrameIndex> = batch
-        .iter()
-        .filter_map(|(_, extent)| match extent.source {
-            Source::Frame { frame, .. } => Some(frame),
-            Source::Zero => None,
-        })
-        .collect();
-    let frames = fetch_all(snapshot, &wanted).await.map_err(Failure::Fetch)?;
-    for (page, extent) in batch {
-        let Source::Frame { frame, position } = extent.source else { continue };
-        let count = u32::try_from(extent.pages).unwrap_or(u32::MAX);
-        let bytes = frames[&frame].pages(position, count);
-        let offset = page * PAGE_SIZE as u64;
-        let inside = usize::try_from(file_bytes - offset).unwrap_or(usize::MAX).min(bytes.len());
-        open.write_all_at(&bytes[..inside], offset).map_err(Failure::Write)?;
+    batch: &[FrameIndex],
+    pieces: &Arc<HashMap<FrameIndex, Vec<Piece>>>,
+    outputs: &Arc<Vec<Output>>,
+) -> Result<u64, Error> {
+    let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+    let (pieces, outputs) = (pieces.clone(), outputs.clone());
+    snapshot.stream(batch.iter().copied(), move |index, frame| {
+        let pieces = pieces.get(&index).map(Vec::as_slice).unwrap_or_default();
+        // A receiver that is gone has had its error.
+        sender.send(frame.and_then(|frame| write(&frame, pieces, &outputs))).unwrap_or_default();
+    });
+    let mut bytes = 0;
+    while let Some(written) = receiver.recv().await {
+        bytes += written?;
     }
-    Ok(())
+    Ok(bytes)
+}
+
+fn write(frame: &Frame, pieces: &[Piece], outputs: &[Output]) -> Result<u64, Error> {
+    let mut written = 0;
+    for piece in pieces {
+        let output = &outputs[piece.file];
+        let bytes = frame.pages(piece.position, piece.pages);
+        let offset = piece.first_page * PAGE_SIZE as u64;
+        let inside = usize::try_from(output.bytes - offset).unwrap_or(usize::MAX).min(bytes.len());
+        let done = output.file.write_all_at(&bytes[..inside], offset);
+        done.map_err(|error| Error::local(output.path.display(), error))?;
+        written += inside as u64;
+    }
+    Ok(written)
 }

@@ -27,7 +27,7 @@ use crate::workers::Workers;
 use crate::{Error, Frame, SnapshotId, Urgency};
 use disk::DiskCache;
 use memory::MemoryCache;
-use ranges::RangeRead;
+use ranges::{RangeRead, Shape};
 
 /// Demand requests in flight to a remote store. A bound, not a target: faults are few.
 const DEMAND_REQUESTS: usize = 64;
@@ -174,6 +174,21 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
+        self.fetch_shaped(wanted, urgency, Shape::Spread, done);
+    }
+
+    /// The same, in as few requests as possible: for reading much, where no frame is waited for.
+    pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
+        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
+    }
+
+    fn fetch_shaped(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        shape: Shape,
+        done: &Done,
+    ) {
         let mut here = Vec::new();
         let mut missing = Vec::new();
         let mut flights = self.0.flights.lock();
@@ -203,7 +218,7 @@ impl Fetcher {
                 }
             }
         }
-        let reads = self.plan(missing, urgency, &mut flights);
+        let reads = self.plan(missing, urgency, shape, &mut flights);
         drop(flights);
         for read in reads {
             self.begin(read);
@@ -218,15 +233,17 @@ impl Fetcher {
         &self,
         missing: Vec<FrameSpec>,
         urgency: Urgency,
+        shape: Shape,
         flights: &mut HashMap<FrameKey, Flight>,
     ) -> Vec<RangeRead> {
         let is_cached =
             |spec: &FrameSpec| self.0.disk.as_ref().is_some_and(|disk| disk.contains(&spec.key()));
         let (on_disk, in_store): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_cached);
         let mut reads = Vec::new();
-        for (specs, from_cache) in [(on_disk, true), (in_store, false)] {
-            // Frames lie apart in the cache: each is a read of its own there.
-            for group in ranges::merge(specs, from_cache) {
+        // Frames lie apart in the cache: each is a read of its own there.
+        for (specs, from_cache, shape) in [(on_disk, true, Shape::Alone), (in_store, false, shape)]
+        {
+            for group in ranges::merge(specs, shape) {
                 let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
                 for spec in &group {
                     if let Some(flight) = flights.get_mut(&spec.key()) {

@@ -12,6 +12,7 @@
     )
 )]
 
+pub mod copy;
 pub mod error;
 pub mod export;
 mod fetch;
@@ -20,8 +21,11 @@ pub mod id;
 pub mod node;
 pub mod objects;
 pub mod pack;
+pub mod repack;
+mod rewrite;
 pub mod snapshot;
 pub mod store;
+pub mod usage;
 pub mod verify;
 mod workers;
 pub mod working_set;

@@ -4,10 +4,14 @@
 //! One thread drives; the workers scan (read, find zeros, hash) and compress. [`Builder`] in
 //! between is sequential, because the order of pages decides what lies next to what.
 
+mod below;
 mod builder;
 mod host;
+mod index;
 mod lease;
+mod lineage;
 mod page_table;
+mod parents;
 mod source;
 mod transaction;
 mod upload;
@@ -19,16 +23,20 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use crate::format::manifest::{self, Facts, MAX_FILES};
-use crate::format::record::Statistics;
+use crate::format::record::{PackRef, Statistics};
 use crate::id::check_name;
 use crate::store::Store;
 use crate::workers::Workers;
-use crate::{Error, FileKind, Name, SnapshotId, Urgency};
+use crate::{Error, FileKind, Name, Node, NodeConfig, Snapshot, SnapshotId, Urgency};
 use builder::Builder;
-use source::{Block, SourceFile};
+use parents::Parents;
+use source::Block;
 use transaction::Transaction;
 
+pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
+pub use lineage::{BASE_LABEL, Lineage};
+pub(crate) use source::SourceFile;
 
 /// Blocks that are being scanned ahead of the builder, for each worker.
 const SCANS_AHEAD: usize = 4;
@@ -61,6 +69,14 @@ pub struct Request {
     pub guest_page_bytes: Option<u64>,
     /// The zstd level of the packs.
     pub level: i32,
+    /// Whose pages it may refer to.
+    pub lineage: Lineage,
+    /// The memory file is a diff over the first parent of the lineage: a hole is the parent's page,
+    /// zeros that are there are zero.
+    pub diff: bool,
+    /// It takes the place of this snapshot: it is committed without a name, and whoever asked moves
+    /// the names.
+    pub replaces: Option<SnapshotId>,
 }
 
 /// How far packing is, in bytes of the files.
@@ -79,14 +95,16 @@ pub struct Packed {
     pub id: SnapshotId,
     /// Its name.
     pub name: Name,
-    /// The name's record.
-    pub sequence: u64,
+    /// The name's record, if it was given a name.
+    pub sequence: Option<u64>,
     /// Counts.
     pub statistics: Statistics,
     /// Bytes of all files.
     pub file_bytes: u64,
     /// Bytes of the manifest object.
     pub manifest_bytes: u64,
+    /// Snapshots whose packs it refers to.
+    pub parents: Vec<SnapshotId>,
 }
 
 /// Packs `request` into `store`. When it returns `Ok`, another node can restore the snapshot bit
@@ -105,18 +123,80 @@ pub fn pack(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Packed, Error> {
     check(request)?;
-    let sources: Vec<_> = request.inputs.iter().map(SourceFile::open).collect::<Result<_, _>>()?;
+    let base = if request.diff { Some(DiffBase::open(store, request)?) } else { None };
+    let below = |input: &Input| match &base {
+        Some(base) if input.kind == FileKind::Memory => base.memory().map(Some),
+        _ => Ok(None),
+    };
+    let sources: Result<Vec<_>, Error> =
+        request.inputs.iter().map(|input| SourceFile::open(input, below(input)?)).collect();
+    let facts = Facts {
+        host: host_facts(),
+        vmm: request.vmm.clone(),
+        vmm_version: request.vmm_version.clone(),
+        guest_page_bytes: request.guest_page_bytes,
+        labels: request.labels.clone(),
+    };
+    let outcome = sources
+        .and_then(|sources| pack_sources(store, runtime, request, facts, &sources, progress));
+    if let Some(base) = base {
+        base.close();
+    }
+    outcome
+}
+
+/// Packs files that are opened already; `request.inputs` is not looked at.
+pub(crate) fn pack_sources(
+    store: &Store,
+    runtime: &tokio::runtime::Runtime,
+    request: &Request,
+    facts: Facts,
+    sources: &[SourceFile],
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Packed, Error> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let workers = Workers::new(threads).map_err(|error| Error::local("starting threads", error))?;
     let transaction = Transaction::begin(store, runtime)?;
-    let outcome = fill(&transaction, &sources, &workers, threads, request, progress).and_then(
-        |(manifest, statistics, packs)| {
-            sources.iter().try_for_each(SourceFile::check_unchanged)?;
-            transaction.commit(request, &manifest, statistics, packs)
-        },
-    );
+    let outcome = runtime.block_on(Parents::find(store, request)).and_then(|parents| {
+        let parents = Arc::new(parents);
+        let mut builder = Builder::new(&transaction, &workers, &parents, request.level);
+        fill(&mut builder, sources, (&workers, threads), &parents, &request.name, progress)?;
+        let filled = builder.finish(facts)?;
+        sources.iter().try_for_each(SourceFile::check_unchanged)?;
+        transaction.commit(request, filled)
+    });
     transaction.end();
     outcome
+}
+
+/// The snapshot that a diff lies over, opened (and so pinned) by a reader of its own.
+struct DiffBase {
+    node: Node,
+    snapshot: Arc<Snapshot>,
+}
+
+impl DiffBase {
+    fn open(store: &Store, request: &Request) -> Result<Self, Error> {
+        let Some(parent) = request.lineage.parents.first() else {
+            return Err(Error::invalid(&request.name, "a diff needs its parent: give --parent"));
+        };
+        let node = Node::start(&NodeConfig::reader(store.objects().url()))?;
+        let snapshot = node.block_on(node.open_id(*parent))?;
+        Ok(Self { node, snapshot })
+    }
+
+    fn memory(&self) -> Result<SnapshotFile, Error> {
+        let is_memory = |file: &crate::File| file.kind == FileKind::Memory;
+        let file = self.snapshot.files().iter().position(is_memory);
+        let missing = || Error::invalid(self.snapshot.id(), "has no memory file to differ from");
+        let file = file.ok_or_else(missing)?;
+        Ok(SnapshotFile { snapshot: self.snapshot.clone(), file, same_store: true })
+    }
+
+    fn close(self) {
+        drop(self.snapshot);
+        self.node.block_on(self.node.release_pins());
+    }
 }
 
 fn check(request: &Request) -> Result<(), Error> {
@@ -135,20 +215,25 @@ fn check(request: &Request) -> Result<(), Error> {
     Ok(())
 }
 
-type Filled = (manifest::Manifest, Statistics, Vec<crate::format::record::PackRef>);
+/// What all files came to.
+struct Filled {
+    manifest: manifest::Manifest,
+    statistics: Statistics,
+    packs: Vec<PackRef>,
+    parents: Vec<SnapshotId>,
+}
 
 /// Reads all files into packs, which are uploaded on the way.
 fn fill(
-    transaction: &Transaction<'_>,
+    builder: &mut Builder<'_>,
     sources: &[SourceFile],
-    workers: &Workers,
-    threads: usize,
-    request: &Request,
+    (workers, threads): (&Workers, usize),
+    parents: &Arc<Parents>,
+    name: &Name,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Filled, Error> {
+) -> Result<(), Error> {
     let total_bytes = sources.iter().map(SourceFile::bytes).sum();
     let mut at = Progress { packed_bytes: 0, total_bytes };
-    let mut builder = Builder::new(transaction, workers, request.level);
     for source in sources {
         builder.begin_file(source.file());
         let mut scans = VecDeque::new();
@@ -156,38 +241,32 @@ fn fill(
         loop {
             while scans.len() < threads * SCANS_AHEAD {
                 let Some(span) = spans.next() else { break };
-                scans.push_back(scan(source, span, workers));
+                scans.push_back(scan(source, span, parents, workers));
             }
             let Some(scanned) = scans.pop_front() else { break };
             let block: Block = wait(&scanned)??;
             at.packed_bytes += block.bytes();
             builder.add(&block)?;
             if progress(at).is_break() {
-                return Err(Error::refused(&request.name, "packing was interrupted"));
+                return Err(Error::refused(name, "packing was interrupted"));
             }
         }
         builder.end_file();
     }
-    let facts = Facts {
-        host: host_facts(),
-        vmm: request.vmm.clone(),
-        vmm_version: request.vmm_version.clone(),
-        guest_page_bytes: request.guest_page_bytes,
-        labels: request.labels.clone(),
-    };
-    builder.finish(facts)
+    Ok(())
 }
 
 fn scan(
     source: &SourceFile,
     span: source::Span,
+    parents: &Arc<Parents>,
     workers: &Workers,
 ) -> Receiver<Result<Block, Error>> {
     let (sender, receiver) = sync_channel(1);
-    let reader = Arc::clone(source.reader());
+    let (reader, parents) = (Arc::clone(source.reader()), Arc::clone(parents));
     workers.submit(Urgency::Prefetch, move || {
         // The driver may have given up.
-        sender.send(reader.read(span)).unwrap_or_default();
+        sender.send(reader.read(span, &parents)).unwrap_or_default();
     });
     receiver
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 
 use crate::fetch::{Fetcher, FrameSpec, ObjectId};
+use crate::format::frame::FrameEntry;
+use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
 use crate::format::record::Commit;
 use crate::id::Hash;
@@ -238,6 +240,28 @@ impl Snapshot {
             urgency,
             &(Arc::new(move |tag, frame| done(index(tag), frame)) as _),
         );
+    }
+
+    /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the
+    /// lower urgency.
+    pub(crate) fn stream(
+        &self,
+        frames: impl IntoIterator<Item = FrameIndex>,
+        done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static,
+    ) {
+        let wanted = frames.into_iter().map(|frame| frame.0 as usize);
+        let wanted = wanted.map(|index| (self.frames[index], index));
+        let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
+        self.fetcher.stream(wanted, &(Arc::new(move |tag, frame| done(index(tag), frame)) as _));
+    }
+
+    /// Where a frame is packed.
+    pub(crate) fn packed_frame(&self, frame: FrameIndex) -> Option<(PackId, FrameEntry)> {
+        let spec = self.frames.get(frame.0 as usize)?;
+        match spec.object {
+            ObjectId::Pack(pack) => Some((pack, spec.entry)),
+            ObjectId::WorkingSet(..) => None,
+        }
     }
 
     pub(crate) fn fetcher(&self) -> &Fetcher {

@@ -227,6 +227,41 @@ impl Store {
         .await
     }
 
+    /// Makes `name` stand for `to` if it stands for `from` now; says whether it does.
+    pub(crate) async fn move_name(
+        &self,
+        name: &Name,
+        from: SnapshotId,
+        to: SnapshotId,
+    ) -> Result<bool, Error> {
+        let nonce = SnapshotId::random();
+        for _ in 0..SEQUENCE_TRIES {
+            let Some(newest) = self.newest_sequence(&keys::refs(name)).await? else {
+                return Ok(false);
+            };
+            if self.reference(name, newest).await?.snapshot != from {
+                return Ok(false);
+            }
+            let sequence = newest + 1;
+            let created_unix_ms = record::now_unix_ms();
+            let reference = Reference {
+                name: name.to_string(),
+                sequence,
+                snapshot: to,
+                nonce,
+                created_unix_ms,
+            };
+            let key = keys::reference(name, sequence);
+            match self.objects.create(&key, &[record::seal(&reference).into()]).await {
+                Ok(()) => return Ok(true),
+                // Somebody moved it meanwhile, perhaps elsewhere.
+                Err(error) if error.kind() == ErrorKind::Exists => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::refused(name, "others move it all the time: try again"))
+    }
+
     /// Removes a snapshot, for ever: its names are no more, and collection may take its packs.
     /// Nodes that serve from it go on.
     pub async fn remove(&self, id: SnapshotId, node: SnapshotId) -> Result<(), Error> {

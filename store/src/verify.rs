@@ -1,10 +1,12 @@
 //! Reading everything that a snapshot consists of, and saying what is wrong.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use futures::StreamExt;
 
+use crate::format::frame::FrameEntry;
+use crate::format::keys::PackId;
 use crate::format::manifest::Manifest;
 use crate::format::record::PackRef;
 use crate::format::{Malformed, frame, keys, pack, require, working_set};
@@ -39,7 +41,8 @@ pub struct Report {
 /// Reads every object of `snapshots`, each pack once. Errors only when the store cannot be asked.
 pub async fn verify(store: &Store, snapshots: &[SnapshotId]) -> Result<Report, Error> {
     let mut report = Report::default();
-    let mut seen = HashSet::new();
+    // What each pack that was read holds; `None` where it is damaged.
+    let mut seen: HashMap<PackId, Option<Marks>> = HashMap::new();
     for id in snapshots {
         report.snapshots += 1;
         let (commit, manifest) = match store.read_snapshot(*id).await {
@@ -51,24 +54,41 @@ pub async fn verify(store: &Store, snapshots: &[SnapshotId]) -> Result<Report, E
             Err(error) => return Err(error),
         };
         let manifest = Arc::new(manifest);
-        let unseen: Vec<_> = commit
+        let (shared, unseen): (Vec<_>, Vec<_>) = commit
             .packs
             .into_iter()
             .enumerate()
-            .filter(|(_, pack)| seen.insert(pack.pack))
-            .collect();
+            .partition(|(_, pack)| seen.contains_key(&pack.pack));
+        for (number, pack) in shared {
+            let marks = seen.get(&pack.pack).and_then(Option::as_ref);
+            if !marks.is_some_and(|marks| has_frames(&manifest, number, marks)) {
+                let key = pack.pack.key();
+                report.problems.push(format!("snapshot {id}: {key}: it cannot be read from it"));
+            }
+        }
         let mut checks = futures::stream::iter(unseen)
-            .map(|(number, reference)| check_pack(store, number, reference, manifest.clone()))
+            .map(|(number, reference)| {
+                let (pack, manifest) = (reference.pack, manifest.clone());
+                async move {
+                    Ok::<_, Error>((pack, check_pack(store, number, reference, manifest).await?))
+                }
+            })
             .buffer_unordered(PARALLEL_PACKS);
         while let Some(checked) = checks.next().await {
-            match checked? {
-                Ok((frames, bytes)) => {
+            let (pack, checked) = checked?;
+            let marks = match checked {
+                Ok((marks, bytes)) => {
                     report.packs += 1;
-                    report.frames += frames;
+                    report.frames += marks.len() as u64;
                     report.bytes += bytes;
+                    Some(marks)
                 }
-                Err(problem) => report.problems.push(format!("snapshot {id}: {problem}")),
-            }
+                Err(problem) => {
+                    report.problems.push(format!("snapshot {id}: {problem}"));
+                    None
+                }
+            };
+            seen.insert(pack, marks);
         }
         check_working_sets(store, *id, commit.manifest_hash, &mut report).await?;
     }
@@ -80,8 +100,22 @@ fn is_finding(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Damaged)
 }
 
+/// What tells the frames of one pack apart, sorted: 64 bits of place and hash each.
+type Marks = Vec<u64>;
+
+fn mark(entry: &FrameEntry) -> u64 {
+    let hash = entry.hash.0.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    hash ^ entry.offset.rotate_left(32)
+}
+
+/// Whether the pack with these frames has all that the manifest says of pack number `number`.
+fn has_frames(manifest: &Manifest, number: usize, marks: &Marks) -> bool {
+    let mut frames = manifest.frames.iter().filter(|frame| frame.pack as usize == number);
+    frames.all(|frame| marks.binary_search(&mark(&frame.entry)).is_ok())
+}
+
 /// Frames and bytes read, or what is wrong.
-type Checked = Result<(u64, u64), Error>;
+type Checked = Result<(Marks, u64), Error>;
 
 async fn check_pack(
     store: &Store,
@@ -99,7 +133,7 @@ async fn check_pack(
     let check = move || decode_pack(number, &reference, &manifest, &object);
     let checked = tokio::task::spawn_blocking(check).await;
     let checked = checked.map_err(|error| Error::local(&key, error))?;
-    Ok(checked.map(|frames| (frames, bytes)).map_err(|why| Error::damaged(key, why)))
+    Ok(checked.map(|marks| (marks, bytes)).map_err(|why| Error::damaged(key, why)))
 }
 
 fn decode_pack(
@@ -107,7 +141,7 @@ fn decode_pack(
     reference: &PackRef,
     manifest: &Manifest,
     object: &[u8],
-) -> Result<u64, Malformed> {
+) -> Result<Marks, Malformed> {
     require(object.len() as u64 == reference.bytes, "it has the wrong length")?;
     require(Hash::of(object) == reference.hash, "it does not match its hash")?;
     let header = object.get(..pack::HEADER_BYTES).ok_or("it is truncated")?;
@@ -124,15 +158,10 @@ fn decode_pack(
             require(page_ids.next() == Some(&Hash::of(page)), "a page does not match its id")?;
         }
     }
-    let listed: HashSet<(u64, Hash)> =
-        footer.frames.iter().map(|entry| (entry.offset, entry.hash)).collect();
-    let known = manifest
-        .frames
-        .iter()
-        .filter(|frame| frame.pack as usize == number)
-        .all(|frame| listed.contains(&(frame.entry.offset, frame.entry.hash)));
-    require(known, "it lacks a frame of the manifest")?;
-    Ok(footer.frames.len() as u64)
+    let mut marks: Marks = footer.frames.iter().map(mark).collect();
+    marks.sort_unstable();
+    require(has_frames(manifest, number, &marks), "it lacks a frame of the manifest")?;
+    Ok(marks)
 }
 
 async fn check_working_sets(

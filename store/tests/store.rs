@@ -14,11 +14,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use reap_store::pack::{Input, Packed, Request, pack};
+use reap_store::pack::{Input, Lineage, Packed, Request, pack};
 use reap_store::{
-    Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, Source, Store,
-    Touch, Urgency,
+    Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, SnapshotId,
+    Source, Store, Touch, Urgency,
 };
+
+#[path = "store/dedup.rs"]
+mod dedup;
+#[path = "store/rewrite.rs"]
+mod rewrite;
 
 struct Fixture {
     directory: tempfile::TempDir,
@@ -97,6 +102,9 @@ impl Fixture {
             vmm_version: None,
             guest_page_bytes: None,
             level: 3,
+            lineage: Lineage::default(),
+            diff: false,
+            replaces: None,
         }
     }
 

@@ -20,8 +20,16 @@ pub fn program(name: &str) -> Result<PathBuf> {
 
 /// Runs `reap-pack` on the store at `url`; the caller looks at how it went.
 pub fn reap_pack(url: &str, arguments: &[&str]) -> Result<Output> {
+    Ok(reap_pack_command(url, arguments)?.output()?)
+}
+
+/// The same, not run yet. The node's index lies beside a local store, and goes with it.
+pub fn reap_pack_command(url: &str, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(program("reap-pack")?);
-    Ok(command.env("REAP_STORE", url).args(arguments).stdin(Stdio::null()).output()?)
+    let beside = url.strip_prefix("file://").map(|path| format!("{path}-index"));
+    let index = beside.map_or_else(|| std::env::temp_dir().join("reap-index"), PathBuf::from);
+    command.env("REAP_STORE", url).env("REAP_INDEX", index).args(arguments).stdin(Stdio::null());
+    Ok(command)
 }
 
 /// Runs `reap-pack --json`, which must go well; answers with what it printed.

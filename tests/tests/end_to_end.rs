@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use reap_tests::lab::{Backend, Lab, Snapshot};
-use reap_tests::worker::{Worker, program, reap_pack, reap_pack_json};
+use reap_tests::worker::{Worker, reap_pack, reap_pack_command, reap_pack_json};
+
+#[path = "end_to_end/fleet.rs"]
+mod fleet;
 
 struct Fixture {
     directory: tempfile::TempDir,
@@ -203,8 +206,8 @@ fn a_packer_killed_anywhere_leaves_a_store_that_works() -> Result<()> {
     let fixture = Fixture::new()?;
     let memory = fixture.memory_file("memory", 48)?;
     for delay_ms in [1, 5, 10, 20, 30, 40, 60, 80, 100, 150] {
-        let mut packer = Command::new(program("reap-pack")?)
-            .args(["--store", &fixture.url, "pack", "--name", "f", "--memory", &memory])
+        let arguments = ["pack", "--name", "f", "--memory", &memory];
+        let mut packer = reap_pack_command(&fixture.url, &arguments)?
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;

@@ -1,7 +1,11 @@
 //! `reap-pack`: turns snapshots into store objects and looks after them.
 
 mod arguments;
+mod copy;
+mod repack;
 mod show;
+mod stats;
+mod tree;
 mod ws;
 
 use std::collections::BTreeMap;
@@ -12,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use clap::Parser;
-use reap_store::pack::{Input, Request};
+use reap_store::pack::{Input, Lineage, Request};
 use reap_store::{Error, ErrorKind, FileKind, Name, Node, NodeConfig, SnapshotId, Store};
 use serde_json::json;
 use tokio::runtime::Runtime;
@@ -34,7 +38,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
         Command::Init => context.init(),
         Command::Pack(pack) => context.pack(pack),
-        Command::Ls => context.ls(),
+        Command::Ls { tree: false } => context.ls(),
+        Command::Ls { tree: true } => context.tree(),
+        Command::Stats => context.stats(),
+        Command::Copy { snapshot, to, name, index } => {
+            context.copy(snapshot, to, name.as_deref(), index)
+        }
+        Command::Repack { snapshot, threshold, index, .. } => {
+            context.repack(snapshot.as_deref(), *threshold, index)
+        }
         Command::Show { snapshot } => context.show(snapshot),
         Command::Export { snapshot, directory } => context.export(snapshot, directory),
         Command::Verify { snapshot, all } => context.verify(snapshot.as_deref(), *all),
@@ -85,22 +97,26 @@ impl Context<'_> {
     }
 
     fn pack(&self, arguments: &arguments::Pack) -> Result<()> {
-        let request = request(arguments)?;
+        let mut request = request(arguments)?;
         let store = self.store()?;
+        let parents: Result<_> =
+            arguments.parents.iter().map(|parent| self.find_live(&store, parent)).collect();
+        request.lineage = Lineage {
+            parents: parents?,
+            automatic: arguments.parents.is_empty() && !arguments.no_parent,
+            index: arguments.index.path(),
+            ..Lineage::default()
+        };
         let interrupted = watch_signals(self.runtime)?;
         let mut progress = Progress::new("packing", self.json);
-        let packed = reap_store::pack::pack(&store, self.runtime, &request, &mut |at| {
-            progress.at(at.packed_bytes, at.total_bytes);
-            match interrupted.load(Ordering::Relaxed) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            }
-        });
+        let mut report = reporter(&mut progress, &interrupted);
+        let packed = reap_store::pack::pack(&store, self.runtime, &request, &mut report);
+        drop(report);
         progress.end();
         let packed = packed?;
         let statistics = packed.statistics;
         let text = format!(
-            "{} is {}: {} in {}; pages: {} in all, {} zero, {} unique, {} duplicate",
+            "{} is {}: {} in {}; pages: {} in all, {} zero, {} unique, {} duplicate, {} of them in parents",
             packed.name,
             packed.id,
             size(packed.file_bytes),
@@ -109,6 +125,7 @@ impl Context<'_> {
             statistics.zero_pages,
             statistics.unique_pages,
             statistics.duplicate_pages,
+            statistics.parent_pages,
         );
         self.print(&serde_json::to_value(&packed)?, &text)
     }
@@ -241,7 +258,24 @@ fn request(arguments: &arguments::Pack) -> Result<Request> {
         vmm_version: arguments.vmm_version.clone(),
         guest_page_bytes: arguments.guest_page_size,
         level: arguments.level,
+        lineage: Lineage::default(),
+        diff: arguments.diff,
+        replaces: None,
     })
+}
+
+/// Shows progress, and ends the packing when it is interrupted.
+fn reporter<'a>(
+    progress: &'a mut Progress,
+    interrupted: &'a AtomicBool,
+) -> impl FnMut(reap_store::pack::Progress) -> ControlFlow<()> + 'a {
+    |at| {
+        progress.at(at.packed_bytes, at.total_bytes);
+        match interrupted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
 }
 
 /// A flag that SIGINT and SIGTERM raise, so that an interrupted packer gives up its lease.

@@ -54,6 +54,9 @@ impl Fixture {
             vmm_version: None,
             guest_page_bytes: None,
             level: 1,
+            lineage: reap_store::pack::Lineage::default(),
+            diff: false,
+            replaces: None,
         };
         let packed = pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(()));
         let packed = packed.expect("packs");

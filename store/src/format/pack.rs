@@ -11,6 +11,8 @@ const END_MAGIC: &[u8; 8] = b"REAPEND\x01";
 pub const HEADER_BYTES: usize = 32;
 /// Bytes after the footer: where it begins, how long it is, its hash.
 pub const TRAILER_BYTES: usize = 56;
+/// Bytes of a pack without frames: header, two counts, trailer.
+pub const EMPTY_BYTES: u64 = (HEADER_BYTES + 8 + TRAILER_BYTES) as u64;
 /// Most frames of a pack.
 pub const MAX_PACK_FRAMES: u32 = 1 << 20;
 /// Most pages of a pack.

@@ -57,6 +57,9 @@ pub struct Commit {
     pub packs: Vec<PackRef>,
     /// Its files, in the order of the manifest.
     pub files: Vec<FileRecord>,
+    /// Snapshots whose packs it refers to, newest first; for people. It needs none of them.
+    #[serde(default)]
+    pub parents: Vec<SnapshotId>,
     /// What the packer was told.
     pub labels: BTreeMap<String, String>,
     /// Counts for people.
@@ -96,6 +99,9 @@ pub struct Statistics {
     pub unique_pages: u64,
     /// Found stored already.
     pub duplicate_pages: u64,
+    /// Of those, in a parent's pack.
+    #[serde(default)]
+    pub parent_pages: u64,
     /// Bytes of the packs that this snapshot wrote.
     pub pack_bytes: u64,
 }

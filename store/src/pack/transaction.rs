@@ -6,10 +6,10 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use super::lease::Lease;
-use super::{Packed, Request};
+use super::{Filled, Packed, Request};
 use crate::format::keys;
-use crate::format::manifest::{self, Manifest};
-use crate::format::record::{self, Commit, Decision, FileRecord, PackRef, Statistics};
+use crate::format::manifest;
+use crate::format::record::{self, Commit, Decision, FileRecord, MAX_RECORD_BYTES};
 use crate::id::Hash;
 use crate::store::{Store, read_record};
 use crate::{Error, ErrorKind, SnapshotId};
@@ -48,25 +48,14 @@ impl<'a> Transaction<'a> {
     }
 
     /// Writes manifest, commit record and name; all packs are in the store.
-    pub(super) fn commit(
-        &self,
-        request: &Request,
-        manifest: &Manifest,
-        statistics: Statistics,
-        packs: Vec<PackRef>,
-    ) -> Result<Packed, Error> {
-        self.runtime.block_on(self.write_records(request, manifest, statistics, packs))
+    pub(super) fn commit(&self, request: &Request, filled: Filled) -> Result<Packed, Error> {
+        self.runtime.block_on(self.write_records(request, filled))
     }
 
-    async fn write_records(
-        &self,
-        request: &Request,
-        manifest: &Manifest,
-        statistics: Statistics,
-        packs: Vec<PackRef>,
-    ) -> Result<Packed, Error> {
+    async fn write_records(&self, request: &Request, filled: Filled) -> Result<Packed, Error> {
+        let Filled { manifest, statistics, packs, parents } = filled;
         let object =
-            manifest::encode(manifest).map_err(|error| Error::local(&request.name, error))?;
+            manifest::encode(&manifest).map_err(|error| Error::local(&request.name, error))?;
         let files = manifest.files.iter().map(|(file, _)| FileRecord {
             name: file.name.clone(),
             kind: file.kind,
@@ -81,6 +70,7 @@ impl<'a> Transaction<'a> {
             manifest_bytes: object.len() as u64,
             packs,
             files: files.collect(),
+            parents: parents.clone(),
             labels: request.labels.clone(),
             statistics,
         };
@@ -88,9 +78,13 @@ impl<'a> Transaction<'a> {
             (commit.files.iter().map(|file| file.bytes).sum(), commit.manifest_bytes);
         self.store.objects().create(&keys::manifest(self.id), &[object.into()]).await?;
         self.decide(commit).await?;
-        let sequence = self.store.tag(&request.name, self.id).await?;
+        let sequence = match request.replaces {
+            None => Some(self.store.tag(&request.name, self.id).await?),
+            // Names are moved one by one, each only if it still stands for what is replaced.
+            Some(_) => None,
+        };
         let (id, name) = (self.id, request.name.clone());
-        Ok(Packed { id, name, sequence, statistics, file_bytes, manifest_bytes })
+        Ok(Packed { id, name, sequence, statistics, file_bytes, manifest_bytes, parents })
     }
 
     /// Creates the commit record. From then on the snapshot exists.
@@ -101,6 +95,9 @@ impl<'a> Transaction<'a> {
         let key = keys::snap(self.id);
         let nonce = commit.nonce;
         let sealed = record::seal(&Decision::Commit(Box::new(commit)));
+        if sealed.len() as u64 > MAX_RECORD_BYTES {
+            return Err(Error::refused(self.id, "refers to too many packs: repack it first"));
+        }
         let doubt_began = Instant::now();
         loop {
             let created = self.store.objects().create(&key, &[sealed.clone().into()]).await;

@@ -30,7 +30,11 @@ pub enum Command {
     /// Pack a paused VM's files as a new snapshot
     Pack(Pack),
     /// List the snapshots by name
-    Ls,
+    Ls {
+        /// Show all snapshots, each under the one whose packs it refers to
+        #[arg(long)]
+        tree: bool,
+    },
     /// Show what a snapshot is: sizes, ratios, pages, working sets
     Show {
         /// Name or id
@@ -62,6 +66,35 @@ pub enum Command {
         /// The new name
         name: String,
     },
+    /// Say what the store holds: raw, unique, stored and garbage bytes, per snapshot and in all
+    Stats,
+    /// Copy a snapshot to another store; pages that relatives of it have there are not sent again
+    Copy {
+        /// Name or id
+        snapshot: String,
+        /// The other store's URL
+        #[arg(long, value_name = "URL")]
+        to: String,
+        /// Its name there; the name it was packed under if not given
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        index: IndexDirectory,
+    },
+    /// Rewrite snapshots whose packs are mostly dead, so that collection can free them
+    Repack {
+        /// Name or id
+        #[arg(required_unless_present = "all")]
+        snapshot: Option<String>,
+        /// All snapshots of the store
+        #[arg(long)]
+        all: bool,
+        /// A pack is mostly dead when less than this share of it is in use, in percent
+        #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(1..=100))]
+        threshold: u8,
+        #[command(flatten)]
+        index: IndexDirectory,
+    },
     /// Remove a snapshot, for ever. VMs that run from it go on; collection frees the bytes
     Rm {
         /// Name or id
@@ -70,6 +103,26 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// Where this node remembers what packs hold.
+#[derive(Args, Debug)]
+pub struct IndexDirectory {
+    /// Directory in which this node remembers what packs hold, so that it need not ask again; it may
+    /// be deleted at any time. $XDG_CACHE_HOME/reap or ~/.cache/reap if not given
+    #[arg(long = "index", env = "REAP_INDEX", value_name = "DIR")]
+    directory: Option<PathBuf>,
+}
+
+impl IndexDirectory {
+    /// The directory, if there is a place for one.
+    pub fn path(&self) -> Option<PathBuf> {
+        let set = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty());
+        let cache = || set("XDG_CACHE_HOME").map(PathBuf::from);
+        let home = || set("HOME").map(|home| PathBuf::from(home).join(".cache"));
+        let usual = || cache().or_else(home).map(|cache| cache.join("reap"));
+        self.directory.clone().or_else(usual)
+    }
 }
 
 /// Arguments of `pack`.
@@ -90,6 +143,19 @@ pub struct Pack {
     /// A label, for people and for choosing; may be given several times
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<String>,
+    /// Refer to the pages of this snapshot (name or id) instead of storing them again; may be given
+    /// several times. If not given: the newest snapshots of the same name or `base` label
+    #[arg(long = "parent", value_name = "SNAPSHOT")]
+    pub parents: Vec<String>,
+    /// Refer to no other snapshot's pages
+    #[arg(long, conflicts_with = "parents")]
+    pub no_parent: bool,
+    /// The memory file is a diff snapshot over the (first) parent: a hole is the parent's page, zeros
+    /// that are written are zero
+    #[arg(long, requires = "parents")]
+    pub diff: bool,
+    #[command(flatten)]
+    pub index: IndexDirectory,
     /// The VMM that wrote the snapshot, such as firecracker
     #[arg(long)]
     pub vmm: Option<String>,

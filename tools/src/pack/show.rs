@@ -103,6 +103,7 @@ async fn describe(node: &Node, id: SnapshotId) -> Result<Value> {
             "zero": commit.statistics.zero_pages,
             "unique": commit.statistics.unique_pages,
             "duplicate": commit.statistics.duplicate_pages,
+            "in_parents": commit.statistics.parent_pages,
         },
         "file_bytes": file_bytes(commit),
         "pack_bytes": commit.statistics.pack_bytes,
@@ -111,6 +112,8 @@ async fn describe(node: &Node, id: SnapshotId) -> Result<Value> {
         "compression_ratio":
             ratio(commit.statistics.unique_pages * 4096, commit.statistics.pack_bytes),
         "packs": commit.packs,
+        "own_packs": commit.packs.iter().filter(|pack| pack.pack.txn == id).count(),
+        "parents": commit.parents,
         "facts": snapshot.facts(),
         "working_sets": working_sets,
     }))
@@ -149,12 +152,13 @@ fn lines(value: &Value) -> String {
     }
     let pages = &value["pages"];
     out.push_str(&format!(
-        "pages: {} in all, {} zero, {} unique, {} duplicate\n",
-        pages["all"], pages["zero"], pages["unique"], pages["duplicate"]
+        "pages: {} in all, {} zero, {} unique, {} duplicate, {} of them in parents\n",
+        pages["all"], pages["zero"], pages["unique"], pages["duplicate"], pages["in_parents"]
     ));
     out.push_str(&format!(
-        "stored: {} in {} packs and a manifest of {}; {} : 1 over all, {} : 1 by compression\n",
+        "stored: {} in {} own packs (of {} that it refers to) and a manifest of {}; {} : 1 over all, {} : 1 by compression\n",
         bytes(&value["pack_bytes"]),
+        value["own_packs"],
         list(&value["packs"]).len(),
         bytes(&value["manifest_bytes"]),
         value["ratio"],
