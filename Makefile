@@ -3,13 +3,22 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test bench-pack build install clean
+.PHONY: demo test soak bench bench-pack build install clean
 
 demo: build
 	./target/release/demo
 
 test: build
 	./tests/run.sh
+
+# Long runs: every function in guests of both sizes, and the collection protocol in larger scopes.
+soak: build
+	cargo test --release --locked -p reap-tests --features soak --test end_to_end every_function
+	cargo test --release --locked -p reap-store --features soak --lib larger_scopes
+
+# Cold and warm starts by every way, with guests of the laboratory.
+bench: build
+	./target/release/reap-bench guests
 
 # Minutes: boots seven guests. The figures of docs/BENCHMARKS.md, "Packing".
 bench-pack: build

@@ -12,6 +12,7 @@
     )
 )]
 
+pub mod collect;
 pub mod copy;
 pub mod error;
 pub mod export;

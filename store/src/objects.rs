@@ -30,6 +30,8 @@ pub struct ListedObject {
     pub key: String,
     /// Length.
     pub bytes: u64,
+    /// When it was written, by the store's clock, milliseconds since 1970.
+    pub modified_unix_ms: u64,
 }
 
 /// Access to the objects of one store. Clones share connections.
@@ -176,7 +178,12 @@ impl Objects {
         let mut objects: Vec<_> = listed
             .into_iter()
             .filter_map(|meta| {
-                Some(ListedObject { key: self.key(&meta.location)?, bytes: meta.size })
+                let modified = meta.last_modified.timestamp_millis();
+                Some(ListedObject {
+                    key: self.key(&meta.location)?,
+                    bytes: meta.size,
+                    modified_unix_ms: u64::try_from(modified).unwrap_or(0),
+                })
             })
             .collect();
         objects.sort_by(|a, b| a.key.cmp(&b.key));

@@ -20,6 +20,8 @@ use reap_store::{
     Source, Store, Touch, Urgency,
 };
 
+#[path = "store/collect.rs"]
+mod collect;
 #[path = "store/dedup.rs"]
 mod dedup;
 #[path = "store/rewrite.rs"]

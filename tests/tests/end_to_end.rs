@@ -226,6 +226,45 @@ fn a_packer_killed_anywhere_leaves_a_store_that_works() -> Result<()> {
 }
 
 #[test]
+fn a_collector_killed_anywhere_loses_nothing() -> Result<()> {
+    let fixture = Fixture::new()?;
+    let memory = fixture.memory_file("memory", 8)?;
+    let pack = || -> Result<String> {
+        let packed = reap_pack_json(
+            &fixture.url,
+            &["pack", "--name", "f", "--no-parent", "--memory", &memory],
+        )?;
+        Ok(packed["id"].as_str().context("an id")?.to_owned())
+    };
+    let mut last = pack()?;
+    for delay_ms in [2, 4, 6, 8, 10, 12, 15, 20, 30] {
+        let next = pack()?;
+        reap_pack_json(&fixture.url, &["rm", &last, "--force"])?;
+        last = next;
+        let mut collector = reap_pack_command(&fixture.url, &["gc", "--yes"])?
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        collector.kill()?;
+        collector.wait()?;
+        let verified = reap_pack_json(&fixture.url, &["verify", "--all"])?;
+        ensure!(verified["problems"].as_array().is_some_and(Vec::is_empty), "{verified}");
+    }
+    reap_pack_json(&fixture.url, &["gc", "--yes"])?;
+    reap_pack_json(&fixture.url, &["gc", "--yes"])?;
+    let mut left = fs::read_dir(fixture.path("store/pack"))?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<Vec<_>>>()?;
+    left.retain(|name| !name.starts_with(&last));
+    ensure!(left.is_empty(), "garbage is left: {left:?}");
+    let out = fixture.path("out");
+    reap_pack_json(&fixture.url, &["export", "f", &out.display().to_string()])?;
+    ensure!(same_bytes(Path::new(&memory), &out.join("memory"))?, "another file came out");
+    Ok(())
+}
+
+#[test]
 fn wrong_input_gets_one_line_and_an_exit_code() -> Result<()> {
     let fixture = Fixture::new()?;
     let memory = fixture.memory_file("memory", 1)?;

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod copy;
+mod gc;
 mod repack;
 mod show;
 mod stats;
@@ -50,6 +51,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Command::Show { snapshot } => context.show(snapshot),
         Command::Export { snapshot, directory } => context.export(snapshot, directory),
         Command::Verify { snapshot, all } => context.verify(snapshot.as_deref(), *all),
+        Command::Gc { dry_run, yes, lease_timeout } => {
+            let options = reap_store::collect::Options {
+                dry_run: *dry_run,
+                confirmed: *yes,
+                lease_timeout: std::time::Duration::from_secs(*lease_timeout),
+            };
+            context.gc(options)
+        }
         Command::Ws(command) => context.ws(command),
         Command::Tag { snapshot, name } => context.tag(snapshot, name),
         Command::Rm { snapshot, force } => context.rm(snapshot, *force),

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::ranges::RangeRead;
 use super::{Fetcher, FrameSpec, ObjectId};
+use crate::collect;
 use crate::objects::Objects;
 use crate::{Error, ErrorKind, Urgency};
 
@@ -136,6 +137,13 @@ impl Fetcher {
         let bytes = match bytes {
             Ok(bytes) => bytes,
             Err(error) => {
+                if error.kind() == ErrorKind::NotFound
+                    && let ObjectId::Pack(pack) = read.object()
+                {
+                    let objects = self.0.objects.clone();
+                    // The snapshot is pinned: nobody may have deleted its pack.
+                    self.0.runtime.spawn(async move { collect::halt(&objects, &pack.key()).await });
+                }
                 for spec in &read.frames {
                     self.complete(&spec.key(), &Err(error.clone()));
                 }

@@ -98,6 +98,9 @@ pub fn pin(node: SnapshotId, txn: SnapshotId) -> String {
     format!("pin/{node}/{txn}")
 }
 
+/// While it is there, nothing is collected.
+pub const HALT: &str = "gc/HALT";
+
 /// What follows the last `/` of a key, as a sequence number.
 pub fn sequence_of(key: &str) -> Option<u64> {
     let digits = key.rsplit('/').next()?;

@@ -156,6 +156,30 @@ pub struct Condemned {
     pub packs: Vec<PackId>,
 }
 
+/// `gc/report/<run>`: what the last collection did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CollectionReport {
+    /// The run.
+    pub run: SnapshotId,
+    /// Snapshots that existed or were served from.
+    pub live_snapshots: u64,
+    /// Objects that it deleted.
+    pub deleted_objects: u64,
+    /// Their bytes.
+    pub deleted_bytes: u64,
+    /// When, milliseconds since 1970.
+    pub written_unix_ms: u64,
+}
+
+/// `gc/HALT`: why nothing is collected.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Halt {
+    /// The object that a live snapshot refers to and that is not there.
+    pub missing: String,
+    /// When it was missed, milliseconds since 1970.
+    pub written_unix_ms: u64,
+}
+
 /// The bytes of a record.
 pub fn seal(record: &impl Serialize) -> Vec<u8> {
     let mut bytes =

@@ -56,6 +56,20 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Delete what no snapshot needs: removed snapshots, and what dead packers left. Safe beside packers,
+    /// readers and other collectors
+    Gc {
+        /// Only show what would go, and why
+        #[arg(long)]
+        dry_run: bool,
+        /// Also when over 30 % of the bytes would go, or over half of the snapshots are gone
+        #[arg(long)]
+        yes: bool,
+        /// A packer that did not renew its lease for so long is gone; it renews it every 30 s. One that is
+        /// not gone fails its pack, and loses nothing else
+        #[arg(long, value_name = "SECONDS", default_value_t = reap_store::collect::LEASE_TIMEOUT.as_secs())]
+        lease_timeout: u64,
+    },
     /// Look at working sets
     #[command(subcommand)]
     Ws(WorkingSets),
