@@ -24,6 +24,9 @@ if ! command -v cargo >/dev/null && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
     missing+=(rustup)
 fi
 
+# moto, the S3 server of the tests, is a Python program.
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
+
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || fail "this is not a Debian: install by hand: ${missing[*]}"
     as_root=()
@@ -45,5 +48,14 @@ if [ ${#missing[@]} -gt 0 ]; then
     quietly apt-get "${lock[@]}" install -y --no-install-recommends "${missing[@]}" ||
         { tail -n 15 "$log" >&2; fail "apt-get install failed"; }
     [ -z "$rustup" ] || rustup default stable
+fi
+moto=$(dirname "$0")/../target/servers/moto
+if [ ! -x "$moto/bin/moto_server" ]; then
+    echo "install.sh: installing moto into target/servers"
+    mkdir -p "$(dirname "$moto")"
+    rm -rf "$moto"
+    python3 -m venv "$moto"
+    "$moto/bin/pip" install --quiet --disable-pip-version-check 'moto[s3,server]==5.2.*' ||
+        { rm -rf "$moto"; fail "moto cannot be installed: is the Python package index reachable?"; }
 fi
 "$(dirname "$0")/lab/install.sh"
