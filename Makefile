@@ -3,13 +3,17 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test soak bench bench-pack build install clean
+.PHONY: demo test test-s3 soak bench bench-pack build install clean
 
 demo: build
 	./target/release/demo
 
 test: build
 	./tests/run.sh
+
+# The tests over S3's protocol against a real server, Ceph's radosgw.
+test-s3: build
+	./tests/servers/test-s3.sh
 
 # Long runs: every function in guests of both sizes, and the collection protocol in larger scopes.
 soak: build
