@@ -246,21 +246,7 @@ impl Node {
         snapshot: &Arc<Snapshot>,
         listed: ListedWorkingSet,
     ) -> Result<Arc<WorkingSet>, Error> {
-        let key = keys::working_set(snapshot.id(), listed.sequence);
-        let header = self.0.store.working_set_header(snapshot.id(), listed).await?;
-        let ours =
-            header.snapshot == snapshot.id() && header.manifest_hash == snapshot.manifest_hash();
-        if !ours {
-            return Err(Error::damaged(key, "was recorded from another snapshot"));
-        }
-        let files = snapshot.files();
-        let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
-            let file = files.get(run.file as usize);
-            file.is_some_and(|file| run.first_page + u64::from(run.pages) <= file.page_count())
-        });
-        if !inside {
-            return Err(Error::damaged(key, "has pages outside its files"));
-        }
+        let header = self.0.store.working_set_header(snapshot, listed).await?;
         let (sequence, bytes) = (listed.sequence, listed.stored_bytes);
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }

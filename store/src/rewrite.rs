@@ -12,8 +12,6 @@ use crate::pack::{Lineage, Packed, Progress, Request, SnapshotFile, SourceFile, 
 use crate::store::{ListedWorkingSet, Store};
 use crate::{Error, ErrorKind, Name, Node, Snapshot, SnapshotId};
 
-/// Longest working set that is carried over.
-const MAX_WORKING_SET_BYTES: u64 = 2 << 30;
 /// The zstd level of rewritten packs.
 const LEVEL: i32 = 3;
 
@@ -100,11 +98,8 @@ async fn rebound(
 ) -> Result<Vec<bytes::Bytes>, Error> {
     let key = keys::working_set(old.id(), listed.sequence);
     let damaged = |why: Malformed| Error::damaged(&key, why);
-    let mut header = source.working_set_header(old.id(), listed).await?;
-    if header.snapshot != old.id() || header.manifest_hash != old.manifest_hash() {
-        return Err(Error::damaged(&key, "was recorded from another snapshot"));
-    }
-    let object = source.objects().get(&key, MAX_WORKING_SET_BYTES).await?;
+    let mut header = source.working_set_header(old, listed).await?;
+    let object = source.objects().get(&key, working_set::MAX_OBJECT_BYTES).await?;
     let prelude = object.get(..working_set::PRELUDE_BYTES).unwrap_or_default();
     let end = working_set::header_end(prelude).map_err(damaged)?;
     let mut chunks = Vec::with_capacity(header.frames.len() + 1);

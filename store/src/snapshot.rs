@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
-use crate::fetch::{Fetcher, FrameSpec, ObjectId};
+use crate::fetch::{Done, Fetcher, FrameSpec, ObjectId};
 use crate::format::frame::FrameEntry;
 use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
@@ -230,16 +230,10 @@ impl Snapshot {
         urgency: Urgency,
         done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static,
     ) {
-        let mut distinct: Vec<usize> = frames.iter().map(|frame| frame.0 as usize).collect();
+        let mut distinct = frames.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
-        let wanted = distinct.into_iter().map(|index| (self.frames[index], index));
-        let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
-        self.fetcher.fetch(
-            wanted,
-            urgency,
-            &(Arc::new(move |tag, frame| done(index(tag), frame)) as _),
-        );
+        self.fetcher.fetch(self.specs(distinct), urgency, &by_frame(done));
     }
 
     /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the
@@ -249,10 +243,16 @@ impl Snapshot {
         frames: impl IntoIterator<Item = FrameIndex>,
         done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static,
     ) {
-        let wanted = frames.into_iter().map(|frame| frame.0 as usize);
-        let wanted = wanted.map(|index| (self.frames[index], index));
-        let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
-        self.fetcher.stream(wanted, &(Arc::new(move |tag, frame| done(index(tag), frame)) as _));
+        self.fetcher.stream(self.specs(frames), &by_frame(done));
+    }
+
+    /// What the fetch path needs of frames, each under its index.
+    fn specs(
+        &self,
+        frames: impl IntoIterator<Item = FrameIndex>,
+    ) -> impl Iterator<Item = (FrameSpec, usize)> {
+        let indices = frames.into_iter().map(|frame| frame.0 as usize);
+        indices.map(|index| (self.frames[index], index))
     }
 
     /// Where a frame is packed.
@@ -276,4 +276,10 @@ impl Snapshot {
     pub fn frame_count(&self) -> u32 {
         u32::try_from(self.frames.len()).unwrap_or(u32::MAX)
     }
+}
+
+/// `done` for the fetch path, which gives back the index that a frame was asked under.
+fn by_frame(done: impl Fn(FrameIndex, Result<Frame, Error>) + Send + Sync + 'static) -> Done {
+    let index = |tag: usize| FrameIndex(u32::try_from(tag).unwrap_or(u32::MAX));
+    Arc::new(move |tag, frame| done(index(tag), frame))
 }

@@ -14,7 +14,7 @@ use crate::format::record::{
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, SnapshotId};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId};
 
 /// Records that are read at the same time when many are.
 const PARALLEL_READS: usize = 32;
@@ -214,17 +214,8 @@ impl Store {
     /// Makes `name` stand for `snapshot` from now on; answers with the record's sequence.
     pub async fn tag(&self, name: &Name, snapshot: SnapshotId) -> Result<u64, Error> {
         let nonce = SnapshotId::random();
-        self.create_next(&keys::refs(name), |sequence| {
-            let reference = Reference {
-                name: name.to_string(),
-                sequence,
-                snapshot,
-                nonce,
-                created_unix_ms: record::now_unix_ms(),
-            };
-            (keys::reference(name, sequence), vec![record::seal(&reference).into()])
-        })
-        .await
+        self.create_next(&keys::refs(name), |sequence| name_record(name, sequence, snapshot, nonce))
+            .await
     }
 
     /// Makes `name` stand for `to` if it stands for `from` now; says whether it does.
@@ -242,17 +233,8 @@ impl Store {
             if self.reference(name, newest).await?.snapshot != from {
                 return Ok(false);
             }
-            let sequence = newest + 1;
-            let created_unix_ms = record::now_unix_ms();
-            let reference = Reference {
-                name: name.to_string(),
-                sequence,
-                snapshot: to,
-                nonce,
-                created_unix_ms,
-            };
-            let key = keys::reference(name, sequence);
-            match self.objects.create(&key, &[record::seal(&reference).into()]).await {
+            let (key, chunks) = name_record(name, newest + 1, to, nonce);
+            match self.objects.create(&key, &chunks).await {
                 Ok(()) => return Ok(true),
                 // Somebody moved it meanwhile, perhaps elsewhere.
                 Err(error) if error.kind() == ErrorKind::Exists => {}
@@ -288,13 +270,13 @@ impl Store {
         Ok(listed.collect())
     }
 
-    /// The header of a working set.
+    /// The header of a working set, which must be one of `snapshot`.
     pub(crate) async fn working_set_header(
         &self,
-        id: SnapshotId,
+        snapshot: &Snapshot,
         listed: ListedWorkingSet,
     ) -> Result<Header, Error> {
-        let key = keys::working_set(id, listed.sequence);
+        let key = keys::working_set(snapshot.id(), listed.sequence);
         let damaged = |why: crate::format::Malformed| Error::damaged(&key, why);
         let first = listed.stored_bytes.min(FIRST_READ_BYTES);
         let mut bytes = self.objects.get_range(&key, 0..first, false).await?;
@@ -309,7 +291,19 @@ impl Store {
             bytes = self.objects.get_range(&key, 0..end, false).await?;
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
-        working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)
+        let header = working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)?;
+        if header.snapshot != snapshot.id() || header.manifest_hash != snapshot.manifest_hash() {
+            return Err(Error::damaged(key, "was recorded from another snapshot"));
+        }
+        let files = snapshot.files();
+        let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
+            let file = files.get(run.file as usize);
+            file.is_some_and(|file| run.first_page + u64::from(run.pages) <= file.page_count())
+        });
+        if !inside {
+            return Err(Error::damaged(key, "has pages outside its files"));
+        }
+        Ok(header)
     }
 
     /// Creates the next object of a create-only sequence; `object` gives key and chunks for a
@@ -335,6 +329,23 @@ impl Store {
         let objects = self.objects.list(prefix).await?;
         Ok(objects.iter().filter_map(|object| keys::sequence_of(&object.key)).max())
     }
+}
+
+/// The record that makes `name` stand for `snapshot`: its key and its bytes.
+fn name_record(
+    name: &Name,
+    sequence: u64,
+    snapshot: SnapshotId,
+    nonce: SnapshotId,
+) -> (String, Vec<bytes::Bytes>) {
+    let reference = Reference {
+        name: name.to_string(),
+        sequence,
+        snapshot,
+        nonce,
+        created_unix_ms: record::now_unix_ms(),
+    };
+    (keys::reference(name, sequence), vec![record::seal(&reference).into()])
 }
 
 /// Reads a sealed record.

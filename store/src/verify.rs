@@ -16,8 +16,6 @@ use crate::{Error, ErrorKind, SnapshotId};
 
 /// Packs that are in memory at once.
 const PARALLEL_PACKS: usize = 2;
-/// Longest working set that is read.
-const MAX_WORKING_SET_BYTES: u64 = 2 << 30;
 
 /// What a verification read and found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -172,7 +170,7 @@ async fn check_working_sets(
 ) -> Result<(), Error> {
     for listed in store.working_sets(id).await? {
         let key = keys::working_set(id, listed.sequence);
-        let object = store.objects().get(&key, MAX_WORKING_SET_BYTES).await?;
+        let object = store.objects().get(&key, working_set::MAX_OBJECT_BYTES).await?;
         let check = move || decode_working_set(id, manifest_hash, &object);
         let checked = tokio::task::spawn_blocking(check).await;
         match checked.map_err(|error| Error::local(&key, error))? {

@@ -32,7 +32,7 @@ mod qemu;
 mod qmp;
 
 pub use guest::{Answer, Guest, Times};
-pub use memory::{Comparison, count_data_pages, drop_caches, evict};
+pub use memory::{Comparison, count_data_pages, drop_caches, evict, evict_tree};
 
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;

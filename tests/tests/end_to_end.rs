@@ -50,6 +50,18 @@ impl Fixture {
         Ok(path.display().to_string())
     }
 
+    /// Runs `reap-pack` and kills it after a while, wherever it is then.
+    fn killed_after(&self, delay_ms: u64, arguments: &[&str]) -> Result<()> {
+        let mut child = reap_pack_command(&self.url, arguments)?
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
     fn worker(&self, arguments: &[&str]) -> Result<Worker> {
         Worker::start(&self.url, &self.path("worker"), arguments)
     }
@@ -211,13 +223,7 @@ fn a_packer_killed_anywhere_leaves_a_store_that_works() -> Result<()> {
     let memory = fixture.memory_file("memory", 48)?;
     for delay_ms in [1, 5, 10, 20, 30, 40, 60, 80, 100, 150] {
         let arguments = ["pack", "--name", "f", "--memory", &memory];
-        let mut packer = reap_pack_command(&fixture.url, &arguments)?
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        packer.kill()?;
-        packer.wait()?;
+        fixture.killed_after(delay_ms, &arguments)?;
         reap_pack_json(&fixture.url, &["ls"])?;
         let verified = reap_pack_json(&fixture.url, &["verify", "--all"])?;
         ensure!(verified["problems"].as_array().is_some_and(Vec::is_empty), "{verified}");
@@ -245,13 +251,7 @@ fn a_collector_killed_anywhere_loses_nothing() -> Result<()> {
         let next = pack()?;
         reap_pack_json(&fixture.url, &["rm", &last, "--force"])?;
         last = next;
-        let mut collector = reap_pack_command(&fixture.url, &["gc", "--yes"])?
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        collector.kill()?;
-        collector.wait()?;
+        fixture.killed_after(delay_ms, &["gc", "--yes"])?;
         let verified = reap_pack_json(&fixture.url, &["verify", "--all"])?;
         ensure!(verified["problems"].as_array().is_some_and(Vec::is_empty), "{verified}");
     }

@@ -90,6 +90,14 @@ impl Context<'_> {
         Ok(())
     }
 
+    /// Gives `read` a node of its own, and gives up its pins afterwards, however it went.
+    fn with_node<T>(&self, read: impl FnOnce(&Node) -> Result<T>) -> Result<T> {
+        let node = Node::start(&NodeConfig::reader(self.url))?;
+        let outcome = read(&node);
+        node.block_on(node.release_pins());
+        outcome
+    }
+
     fn check_url(&self) -> Result<()> {
         if self.url.is_empty() {
             let remedy = "give the store's URL, such as file:///var/lib/reap/store";
@@ -163,14 +171,15 @@ impl Context<'_> {
 
     fn export(&self, snapshot: &str, directory: &Path) -> Result<()> {
         let id = self.find(&self.store()?, snapshot)?;
-        let node = Node::start(&NodeConfig::reader(self.url))?;
         let mut progress = Progress::new("exporting", self.json);
-        let outcome = node.block_on(async {
-            let snapshot = node.open_id(id).await?;
-            let mut report = |done, total| progress.at(done, total);
-            reap_store::export::export(&snapshot, directory, &mut report).await
+        let outcome = self.with_node(|node| {
+            let exported = node.block_on(async {
+                let snapshot = node.open_id(id).await?;
+                let mut report = |done, total| progress.at(done, total);
+                reap_store::export::export(&snapshot, directory, &mut report).await
+            });
+            Ok(exported?)
         });
-        node.block_on(node.release_pins());
         progress.end();
         let paths = outcome?;
         let lines: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();

@@ -145,10 +145,18 @@ impl Run<'_> {
         &self,
         txns: BTreeSet<SnapshotId>,
     ) -> Result<BTreeMap<SnapshotId, Fate>, Error> {
-        let reading = futures::stream::iter(txns).map(|txn| async move {
-            Ok((txn, fate(read_record(self.store.objects(), &keys::snap(txn)).await?)))
-        });
+        let reading = futures::stream::iter(txns)
+            .map(|txn| async move { Ok((txn, self.read_fate(txn).await?)) });
         reading.buffer_unordered(PARALLEL).try_collect().await
+    }
+
+    async fn read_fate(&self, txn: SnapshotId) -> Result<Fate, Error> {
+        Ok(match read_record(self.store.objects(), &keys::snap(txn)).await? {
+            Decision::Commit(commit) => {
+                Fate::Committed(commit.packs.iter().map(|pack| pack.pack).collect())
+            }
+            Decision::Abort(_) => Fate::Aborted,
+        })
     }
 
     /// Makes a decision for those whose packer is gone; waits for the others if `wait`.
@@ -163,10 +171,16 @@ impl Run<'_> {
         while !open.is_empty() {
             let leases = self.lease_times().await?;
             for txn in open.clone() {
-                if !self.is_stale(leases.get(&txn).copied()) && !self.is_decided(txn).await? {
-                    continue;
-                }
-                fates.insert(txn, self.decide(txn).await?);
+                let settled = match self.is_stale(leases.get(&txn).copied()) {
+                    true => self.decide(txn).await,
+                    false => self.read_fate(txn).await,
+                };
+                match settled {
+                    Ok(fate) => fates.insert(txn, fate),
+                    // At work.
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error),
+                };
                 open.remove(&txn);
             }
             let Some(at_work) = open.first().filter(|_| wait) else { break };
@@ -177,10 +191,6 @@ impl Run<'_> {
             tokio::time::sleep(GLANCE).await;
         }
         Ok(fates)
-    }
-
-    async fn is_decided(&self, txn: SnapshotId) -> Result<bool, Error> {
-        self.store.objects().exists(&keys::snap(txn)).await
     }
 
     async fn lease_times(&self) -> Result<BTreeMap<SnapshotId, u64>, Error> {
@@ -212,9 +222,7 @@ impl Run<'_> {
         let sealed = record::seal(&Decision::Abort(abort));
         match self.store.objects().create(&key, &[sealed.into()]).await {
             Ok(()) => Ok(Fate::Aborted),
-            Err(error) if error.kind() == ErrorKind::Exists => {
-                Ok(fate(read_record(self.store.objects(), &key).await?))
-            }
+            Err(error) if error.kind() == ErrorKind::Exists => self.read_fate(txn).await,
             Err(error) => Err(error),
         }
     }
@@ -319,13 +327,4 @@ fn remove_staged(directory: &std::path::Path, collector: &Collector) -> std::io:
         }
     }
     Ok(())
-}
-
-fn fate(decision: Decision) -> Fate {
-    match decision {
-        Decision::Commit(commit) => {
-            Fate::Committed(commit.packs.iter().map(|pack| pack.pack).collect())
-        }
-        Decision::Abort(_) => Fate::Aborted,
-    }
 }

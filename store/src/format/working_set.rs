@@ -9,6 +9,8 @@ use crate::{PAGE_SIZE, SnapshotId};
 const MAGIC: &[u8; 8] = b"REAPWST\x01";
 /// Bytes before the header: magic, the header's length, its hash.
 pub const PRELUDE_BYTES: usize = 48;
+/// Longest object that is read whole.
+pub const MAX_OBJECT_BYTES: u64 = 2 << 30;
 /// Longest header.
 pub const MAX_HEADER_BYTES: u64 = 64 << 20;
 /// Most frames.

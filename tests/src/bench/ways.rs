@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::Trace;
 use super::touch::{Touched, write_reap_file};
-use crate::lab::evict;
+use crate::lab::{evict, evict_tree};
 use crate::worker::{Worker, reap_pack_json};
 
 /// One alternative.
@@ -163,7 +163,7 @@ impl Bench {
         take(FileCold, true, &file)?;
         take(DemandCold, true, &["demand"])?;
         take(ReapCold, true, &["reap", &reap])?;
-        // Read through the file systems's own reads, so that all of both files is there.
+        // Read through the file system's own reads, so that all of both files is there.
         std::fs::read(&function.memory)?;
         std::fs::read(self.reap_file(function))?;
         take(FileWarm, false, &file)?;
@@ -192,13 +192,4 @@ impl Bench {
     fn evict_store(&self) -> Result<()> {
         evict_tree(&self.scratch.join("store"))
     }
-}
-
-/// Takes the files of a directory and of those under it out of the page cache.
-pub fn evict_tree(directory: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() { evict_tree(&path)? } else { evict(&path)? }
-    }
-    Ok(())
 }

@@ -142,7 +142,8 @@ fn ours(
     expected: &str,
     way: usize,
 ) -> Result<Measured> {
-    evict_store(&scratch.join("store"))?;
+    // So that every byte comes from the disk.
+    reap_tests::lab::evict_tree(&scratch.join("store"))?;
     // A new daemon has nothing in memory.
     let worker = Worker::start(url, &scratch.join("worker"), &[])?;
     let mode = if way == 3 { "prefetch" } else { "demand" };
@@ -159,19 +160,6 @@ fn ours(
     drop(guest);
     worker.stop()?;
     Ok(Measured { answer_ms, faults })
-}
-
-/// The store's files out of the page cache, so that every byte comes from the disk.
-fn evict_store(directory: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            evict_store(&path)?;
-        } else {
-            reap_tests::lab::evict(&path)?;
-        }
-    }
-    Ok(())
 }
 
 fn answer(guest: &mut Guest, expected: &str) -> Result<f64> {

@@ -167,6 +167,15 @@ pub fn evict(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Takes the files of a directory and of those under it out of the page cache.
+pub fn evict_tree(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() { evict_tree(&path)? } else { evict(&path)? }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

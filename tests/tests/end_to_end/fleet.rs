@@ -78,13 +78,7 @@ fn a_killed_repack_leaves_the_old_snapshot_or_the_new_one() -> Result<()> {
     let fixture = Fixture::new()?;
     let memory = fixture.mostly_dead()?;
     for delay_ms in (0..60).step_by(4) {
-        let mut repack = reap_pack_command(&fixture.url, &["repack", "--all"])?
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        repack.kill()?;
-        repack.wait()?;
+        fixture.killed_after(delay_ms, &["repack", "--all"])?;
         fixture.export_is(&fixture.url, "f", &memory)?;
     }
     fixture.json(&["repack", "--all"])?;

@@ -1,7 +1,7 @@
 //! `reap-pack copy`.
 
 use anyhow::Result;
-use reap_store::{Error, Name, Node, NodeConfig, Store};
+use reap_store::{Error, Name, Store};
 
 use super::arguments::IndexDirectory;
 use super::{Context, reporter, watch_signals};
@@ -25,15 +25,15 @@ impl Context<'_> {
                 "is the store that the snapshot is in: 'reap-pack tag' gives it one more name";
             return Err(Error::refused(to, text).into());
         }
-        let node = Node::start(&NodeConfig::reader(self.url))?;
         let interrupted = watch_signals(self.runtime)?;
         let mut progress = Progress::new("copying", self.json);
-        let copied = {
+        let copied = self.with_node(|node| {
             let mut report = reporter(&mut progress, &interrupted);
             let index = index.path();
-            reap_store::copy::copy(&node, id, &target, self.runtime, &name, index, &mut report)
-        };
-        node.block_on(node.release_pins());
+            let copied =
+                reap_store::copy::copy(node, id, &target, self.runtime, &name, index, &mut report);
+            Ok(copied?)
+        });
         progress.end();
         let copied = copied?;
         let statistics = copied.packed.statistics;

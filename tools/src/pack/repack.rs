@@ -1,8 +1,8 @@
 //! `reap-pack repack`.
 
 use anyhow::Result;
+use reap_store::repack::repack;
 use reap_store::usage::usage;
-use reap_store::{Node, NodeConfig};
 
 use super::arguments::IndexDirectory;
 use super::{Context, reporter, watch_signals};
@@ -22,25 +22,16 @@ impl Context<'_> {
             Some(snapshot) => vec![self.find_live(&store, snapshot)?],
             None => usage.snapshots.iter().map(|one| one.snapshot).collect(),
         };
-        let node = Node::start(&NodeConfig::reader(self.url))?;
         let interrupted = watch_signals(self.runtime)?;
         let mut progress = Progress::new("repacking", self.json);
-        let repacked = {
+        let threshold = f64::from(threshold_percent) / 100.0;
+        let index = index.path();
+        let repacked = self.with_node(|node| {
             let mut report = reporter(&mut progress, &interrupted);
-            let threshold = f64::from(threshold_percent) / 100.0;
-            let index = index.path();
-            let index = index.as_ref();
-            reap_store::repack::repack(
-                &node,
-                self.runtime,
-                &usage,
-                &ids,
-                threshold,
-                index,
-                &mut report,
-            )
-        };
-        node.block_on(node.release_pins());
+            let (runtime, index) = (self.runtime, index.as_ref());
+            let repacked = repack(node, runtime, &usage, &ids, threshold, index, &mut report);
+            Ok(repacked?)
+        });
         progress.end();
         let repacked = repacked?;
         let mut text = String::new();

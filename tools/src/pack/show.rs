@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use reap_store::format::record::Commit;
-use reap_store::{Node, NodeConfig, SnapshotId};
+use reap_store::{Node, SnapshotId};
 use serde_json::{Value, json};
 
 use super::Context;
@@ -40,10 +40,7 @@ impl Context<'_> {
     pub(super) fn show(&self, snapshot: &str) -> Result<()> {
         let store = self.store()?;
         let id = self.find_live(&store, snapshot)?;
-        let node = Node::start(&NodeConfig::reader(self.url))?;
-        let described = node.block_on(describe(&node, id));
-        node.block_on(node.release_pins());
-        let value = described?;
+        let mut value = self.with_node(|node| node.block_on(describe(node, id)))?;
         let names: Vec<String> = self
             .runtime
             .block_on(store.names())?
@@ -51,7 +48,6 @@ impl Context<'_> {
             .filter(|named| named.snapshot == id)
             .map(|named| named.name.to_string())
             .collect();
-        let mut value = value;
         value["names"] = json!(names);
         let text = lines(&value);
         self.print(&value, &text)

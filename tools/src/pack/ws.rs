@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use reap_store::{Error, Node, NodeConfig, SnapshotId, WorkingSet, WorkingSetRun};
+use reap_store::{Error, Node, SnapshotId, WorkingSet, WorkingSetRun};
 use serde_json::json;
 
 use super::{Context, WorkingSets};
@@ -19,10 +19,7 @@ impl Context<'_> {
     fn export_working_set(&self, name: &str, sequence: Option<u64>, file: &Path) -> Result<()> {
         let store = self.store()?;
         let id = self.find_live(&store, name)?;
-        let node = Node::start(&NodeConfig::reader(self.url))?;
-        let found = node.block_on(find(&node, id, sequence));
-        node.block_on(node.release_pins());
-        let set = found?;
+        let set = self.with_node(|node| Ok(node.block_on(find(node, id, sequence))?))?;
         let touches = touches(&set);
         let mut text =
             format!("# snapshot {id}, working set {}: page, microseconds\n", set.sequence());

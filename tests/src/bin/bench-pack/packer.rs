@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use reap_store::{Node, NodeConfig};
-use reap_tests::worker::{program, reap_pack_json};
+use reap_tests::worker::{reap_pack_command, reap_pack_json};
 
 /// A store and this node's index of it.
 pub(crate) struct Packer {
     pub(crate) store: PathBuf,
     url: String,
-    index: PathBuf,
 }
 
 /// What reading a snapshot to its end took.
@@ -29,15 +28,13 @@ impl Packer {
         let store = directory.join("store");
         let url = format!("file://{}", store.display());
         reap_pack_json(&url, &["init"])?;
-        Ok(Self { store, url, index: directory.join("index") })
+        Ok(Self { store, url })
     }
 
     fn command(&self, name: &str, memory: &Path, more: &[&str]) -> Result<Command> {
-        let mut command = Command::new(program("reap-pack")?);
-        command.env("REAP_STORE", &self.url).env("REAP_INDEX", &self.index);
-        command.args(["--json", "pack", "--name", name, "--memory"]).arg(memory).args(more);
-        command.stdin(Stdio::null());
-        Ok(command)
+        let memory = memory.to_str().context("a path in UTF-8")?;
+        let pack = ["--json", "pack", "--name", name, "--memory", memory];
+        reap_pack_command(&self.url, &[&pack, more].concat())
     }
 
     /// Seconds.
