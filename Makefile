@@ -9,6 +9,7 @@ demo: build
 	./target/release/demo
 
 test: build
+	./tests/servers/install.sh
 	./tests/run.sh
 
 # The tests over S3's protocol against a real server, Ceph's radosgw.

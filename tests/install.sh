@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs what building and testing need on Debian, only what is missing, and says nothing unless
-# it has something to do. Needs root, or sudo that asks nothing.
+# Installs what building and the demo need on Debian, and the packages that are named; only what is missing,
+# and says nothing unless it has something to do. Needs root, or sudo that asks nothing.
 set -euo pipefail
 
 fail() {
@@ -11,8 +11,6 @@ fail() {
 missing=()
 command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 command -v make >/dev/null || missing+=(make)
-# What packing is compared with.
-command -v zstd >/dev/null || missing+=(zstd)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 command -v fusermount3 >/dev/null || missing+=(fuse3)
 # For the bindings to the kernel's userfaultfd header.
@@ -24,8 +22,9 @@ if ! command -v cargo >/dev/null && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
     missing+=(rustup)
 fi
 
-# moto, the S3 server of the tests, is a Python program.
-python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
+for package in "$@"; do
+    dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+done
 
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || fail "this is not a Debian: install by hand: ${missing[*]}"
@@ -48,14 +47,5 @@ if [ ${#missing[@]} -gt 0 ]; then
     quietly apt-get "${lock[@]}" install -y --no-install-recommends "${missing[@]}" ||
         { tail -n 15 "$log" >&2; fail "apt-get install failed"; }
     [ -z "$rustup" ] || rustup default stable
-fi
-moto=$(dirname "$0")/../target/servers/moto
-if [ ! -x "$moto/bin/moto_server" ]; then
-    echo "install.sh: installing moto into target/servers"
-    mkdir -p "$(dirname "$moto")"
-    rm -rf "$moto"
-    python3 -m venv "$moto"
-    "$moto/bin/pip" install --quiet --disable-pip-version-check 'moto[s3,server]==5.2.*' ||
-        { rm -rf "$moto"; fail "moto cannot be installed: is the Python package index reachable?"; }
 fi
 "$(dirname "$0")/lab/install.sh"

@@ -6,17 +6,7 @@ fail() {
     echo "test-s3.sh: $1" >&2
     exit 1
 }
-missing=()
-for package in radosgw ceph-mon ceph-osd; do
-    command -v $package >/dev/null || missing+=($package)
-done
-if [ ${#missing[@]} -gt 0 ]; then
-    as_root=()
-    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
-    echo "test-s3.sh: installing ${missing[*]}"
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        "${missing[@]}" >/dev/null || fail "${missing[*]} cannot be installed"
-fi
+tests/servers/install.sh radosgw ceph-mon ceph-osd
 
 state=$(mktemp -d)
 port=7480

@@ -19,11 +19,11 @@ pub struct Moto {
 }
 
 impl Moto {
-    /// Starts one with an empty bucket. `tests/install.sh` has put it into `target/servers/moto`.
+    /// Starts one with an empty bucket. `tests/servers/install.sh` puts it into `target/servers/moto`.
     pub fn start() -> Result<Self> {
         let program =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/servers/moto/bin/moto_server");
-        ensure!(program.exists(), "there is no {}: run tests/install.sh", program.display());
+        ensure!(program.exists(), "there is no {}: run tests/servers/install.sh", program.display());
         // Free a moment ago; whoever takes it in between makes this start fail, and say so.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let child = Command::new(program)
