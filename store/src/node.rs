@@ -169,9 +169,7 @@ impl Node {
         let opened = self.read_pinned(id).await;
         match &opened {
             Ok(snapshot) => *slot.snapshot.lock() = Arc::downgrade(snapshot),
-            Err(_) => {
-                self.0.snapshots.lock().remove(&id);
-            }
+            Err(_) => self.forget(id, &slot),
         }
         drop(turn);
         opened
@@ -264,6 +262,16 @@ impl Node {
         self.0.store.create_next(&keys::working_sets(id), object).await
     }
 
+    /// Takes a slot off the table, unless somebody waits for its turn and will use it. The caller has
+    /// the turn.
+    fn forget(&self, id: SnapshotId, slot: &Arc<Slot>) {
+        let mut snapshots = self.0.snapshots.lock();
+        // The table's and the caller's; others are made under this lock alone.
+        if Arc::strong_count(slot) == 2 {
+            snapshots.remove(&id);
+        }
+    }
+
     /// Gives up the pins of snapshots that nobody has open, and renews the others.
     async fn renew_pins(&self) {
         let slots: Vec<_> =
@@ -273,12 +281,16 @@ impl Node {
             let open = slot.snapshot.lock().strong_count() > 0;
             let objects = self.0.store.objects();
             let pin = keys::pin(self.0.id, id);
-            let done = if open {
-                objects.overwrite(&pin, record::seal(&self.0.store.marker(id, self.0.id))).await
-            } else {
-                self.0.snapshots.lock().remove(&id);
-                objects.delete(&pin).await
+            let done = match open {
+                true => {
+                    objects.overwrite(&pin, record::seal(&self.0.store.marker(id, self.0.id))).await
+                }
+                false => objects.delete(&pin).await,
             };
+            // Only now: until the pin is gone, whoever opens the snapshot must wait for this turn.
+            if !open && done.is_ok() {
+                self.forget(id, &slot);
+            }
             drop(turn);
             if let Err(error) = done {
                 tracing::warn!("pin {pin}: {error}");
@@ -325,4 +337,62 @@ fn node_id(directory: &Path) -> Result<SnapshotId, Error> {
     std::fs::write(&path, format!("{node}\n"))
         .map_err(|error| Error::local(path.display(), error))?;
     Ok(node)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use crate::FileKind;
+    use crate::pack::{Input, Lineage, Request, pack};
+
+    /// A renewal that lets a pin go, while somebody waits to open the same snapshot: what is opened
+    /// then must be known to the node, or the next renewal takes its pin away under it.
+    #[test]
+    fn what_is_opened_while_its_pin_is_let_go_stays_pinned() {
+        let directory = tempfile::tempdir().expect("directory");
+        let memory = directory.path().join("memory");
+        std::fs::write(&memory, [7; 5000]).expect("written");
+        let url = format!("file://{}/store", directory.path().display());
+        let runtime = Runtime::new().expect("runtime");
+        let store = runtime.block_on(Store::init(&url)).expect("made");
+        let request = Request {
+            name: "f".parse().expect("a name"),
+            inputs: vec![Input { name: "memory".into(), kind: FileKind::Memory, path: memory }],
+            labels: std::collections::BTreeMap::new(),
+            vmm: None,
+            vmm_version: None,
+            guest_page_bytes: None,
+            level: 3,
+            lineage: Lineage::default(),
+            diff: false,
+            replaces: None,
+        };
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let id = pack(&store, &runtime, &request, go_on).expect("packs").id;
+
+        let node = Node::start(&NodeConfig::reader(&url)).expect("starts");
+        drop(node.block_on(node.open_id(id)).expect("opens"));
+        let slot = node.0.snapshots.lock().get(&id).cloned().expect("was opened");
+        // Polled in this order: both others queue for the turn that the first has.
+        let hold = async move {
+            let turn = slot.turn.lock().await;
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            drop(turn);
+        };
+        let waits = async { futures::join!(hold, node.renew_pins(), node.open_id(id)) };
+        let ((), (), opened) = node.block_on(waits);
+        let snapshot = opened.expect("opens");
+        assert!(node.opened(id).is_some(), "the node does not know what it has open");
+        drop(node.block_on(node.open_id(id)).expect("opens once more"));
+        node.block_on(node.renew_pins());
+        let pinned = node.block_on(store.objects().exists(&keys::pin(node.id(), id)));
+        assert!(pinned.expect("asked"), "an open snapshot is not pinned");
+        drop(snapshot);
+        node.block_on(node.renew_pins());
+        assert!(node.0.snapshots.lock().is_empty(), "a slot is left");
+    }
 }

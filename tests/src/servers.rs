@@ -23,7 +23,11 @@ impl Moto {
     pub fn start() -> Result<Self> {
         let program =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/servers/moto/bin/moto_server");
-        ensure!(program.exists(), "there is no {}: run tests/servers/install.sh", program.display());
+        ensure!(
+            program.exists(),
+            "there is no {}: run tests/servers/install.sh",
+            program.display()
+        );
         // Free a moment ago; whoever takes it in between makes this start fail, and say so.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let child = Command::new(program)
