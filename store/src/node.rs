@@ -1,6 +1,10 @@
 //! A node: one process that reads a store. Owns the I/O runtime, the decode threads and the cache.
 
+mod pin;
+
 use std::collections::HashMap;
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,10 +14,11 @@ use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits};
 use crate::fetch::{FetchCounters, Fetcher};
-use crate::format::{keys, record};
+use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
 use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
+pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
 const PIN_RENEWAL: Duration = Duration::from_secs(600);
@@ -60,12 +65,16 @@ struct Inner {
     store: Store,
     fetcher: Fetcher,
     snapshots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
+    /// Of snapshots that nobody reads, not deleted yet.
+    left_pins: Mutex<Vec<Pin>>,
+    /// Held while the node runs: another process with its identity would clear its pins away.
+    _identity: Option<File>,
 }
 
 /// An open snapshot, or one that is being opened or let go: one at a time.
 #[derive(Default)]
 struct Slot {
-    turn: tokio::sync::Mutex<()>,
+    turn: tokio::sync::Mutex<Option<Pin>>,
     snapshot: Mutex<Weak<Snapshot>>,
 }
 
@@ -80,16 +89,20 @@ impl Node {
             .build()
             .map_err(local)?;
         let store = runtime.block_on(Store::open(&config.store_url))?;
-        let (id, disk) = match &config.cache_dir {
-            None => (SnapshotId::random(), None),
+        let (id, identity, disk) = match &config.cache_dir {
+            None => (SnapshotId::random(), None, None),
             Some(directory) => {
                 std::fs::create_dir_all(directory)
                     .map_err(|error| Error::local(directory.display(), error))?;
+                let (id, identity) = identity(directory)?;
                 let disk = match store.objects().local_root() {
                     Some(_) => None,
                     None => Some(open_cache(directory, config)?),
                 };
-                (node_id(directory)?, disk)
+                if let Err(error) = runtime.block_on(pin::clear(&store, id)) {
+                    tracing::warn!("pins of an earlier process of this node stay: {error}");
+                }
+                (id, Some(identity), disk)
             }
         };
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
@@ -101,8 +114,15 @@ impl Node {
             disk,
             config.memory_cache_bytes,
         );
-        let snapshots = Mutex::default();
-        let node = Self(Arc::new(Inner { runtime: Some(runtime), id, store, fetcher, snapshots }));
+        let node = Self(Arc::new(Inner {
+            runtime: Some(runtime),
+            id,
+            store,
+            fetcher,
+            snapshots: Mutex::default(),
+            left_pins: Mutex::default(),
+            _identity: identity,
+        }));
         let renewed = Arc::downgrade(&node.0);
         node.spawn(async move {
             loop {
@@ -162,39 +182,31 @@ impl Node {
             return Ok(snapshot);
         }
         let slot = self.0.snapshots.lock().entry(id).or_default().clone();
-        let turn = slot.turn.lock().await;
+        let mut turn = slot.turn.lock().await;
         if let Some(snapshot) = self.opened(id) {
             return Ok(snapshot);
         }
-        let opened = self.read_pinned(id).await;
+        // Whoever had it open is gone, and the pin was not let go yet.
+        let before = turn.take();
+        self.0.left_pins.lock().extend(before);
+        let mut pin = Pin::new(&self.0.store, self.0.id, id);
+        let opened = pin.open(self.0.store.read_snapshot(id)).await;
+        let opened = opened.map(|(commit, manifest)| {
+            Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest))
+        });
         match &opened {
-            Ok(snapshot) => *slot.snapshot.lock() = Arc::downgrade(snapshot),
-            Err(_) => self.forget(id, &slot),
+            Ok(snapshot) => {
+                *turn = Some(pin);
+                *slot.snapshot.lock() = Arc::downgrade(snapshot);
+            }
+            Err(_) => {
+                if pin.is_left() {
+                    self.0.left_pins.lock().push(pin);
+                }
+                self.forget(id, &slot);
+            }
         }
         drop(turn);
-        opened
-    }
-
-    async fn read_pinned(&self, id: SnapshotId) -> Result<Arc<Snapshot>, Error> {
-        let store = &self.0.store;
-        let pin = keys::pin(self.0.id, id);
-        let marker = record::seal(&store.marker(id, self.0.id));
-        let (pinned, read) =
-            futures::join!(store.objects().overwrite(&pin, marker), store.read_snapshot(id));
-        let opened = async {
-            let (commit, manifest) = read?;
-            pinned?;
-            // Only now: a collector that saw no pin has written its tomb where we see it.
-            if store.is_removed(id).await? {
-                return Err(Error::not_found(id, "the snapshot was removed"));
-            }
-            Ok(Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest)))
-        };
-        let opened = opened.await;
-        if opened.is_err() {
-            // A pin that stays would only keep a removed snapshot's bytes a little longer.
-            store.objects().delete(&pin).await.unwrap_or_default();
-        }
         opened
     }
 
@@ -277,15 +289,12 @@ impl Node {
         let slots: Vec<_> =
             self.0.snapshots.lock().iter().map(|(id, slot)| (*id, slot.clone())).collect();
         for (id, slot) in slots {
-            let turn = slot.turn.lock().await;
+            let mut turn = slot.turn.lock().await;
             let open = slot.snapshot.lock().strong_count() > 0;
-            let objects = self.0.store.objects();
-            let pin = keys::pin(self.0.id, id);
-            let done = match open {
-                true => {
-                    objects.overwrite(&pin, record::seal(&self.0.store.marker(id, self.0.id))).await
-                }
-                false => objects.delete(&pin).await,
+            let done = match turn.as_mut() {
+                Some(pin) if open => pin.renew().await,
+                Some(pin) => pin.let_go().await,
+                None => Ok(()),
             };
             // Only now: until the pin is gone, whoever opens the snapshot must wait for this turn.
             if !open && done.is_ok() {
@@ -293,20 +302,30 @@ impl Node {
             }
             drop(turn);
             if let Err(error) = done {
-                tracing::warn!("pin {pin}: {error}");
+                tracing::warn!("a pin of {id}: {error}");
+            }
+        }
+        self.delete_left_pins().await;
+    }
+
+    async fn delete_left_pins(&self) {
+        let left = std::mem::take(&mut *self.0.left_pins.lock());
+        for mut pin in left {
+            if let Err(error) = pin.let_go().await {
+                tracing::warn!("a pin is left: {error}");
+                self.0.left_pins.lock().push(pin);
             }
         }
     }
 
     /// Gives up all pins; snapshots that are still open must not be used after it.
     pub async fn release_pins(&self) {
-        let ids: Vec<_> = self.0.snapshots.lock().drain().map(|(id, _)| id).collect();
-        for id in ids {
-            let pin = keys::pin(self.0.id, id);
-            if let Err(error) = self.0.store.objects().delete(&pin).await {
-                tracing::warn!("pin {pin}: {error}");
-            }
+        let slots: Vec<_> = self.0.snapshots.lock().drain().map(|(_, slot)| slot).collect();
+        for slot in slots {
+            let pin = slot.turn.lock().await.take();
+            self.0.left_pins.lock().extend(pin);
         }
+        self.delete_left_pins().await;
     }
 }
 
@@ -325,18 +344,35 @@ fn open_cache(directory: &Path, config: &NodeConfig) -> Result<DiskCache, Error>
     DiskCache::open(&directory.join("frames"), limits)
 }
 
-/// The random id of the node that uses this directory, made at first use.
-fn node_id(directory: &Path) -> Result<SnapshotId, Error> {
+/// The random id of the node that uses this directory, made at first use, and the file that holds it,
+/// locked: a directory is one process's.
+fn identity(directory: &Path) -> Result<(SnapshotId, File), Error> {
     let path = directory.join("node");
-    if let Ok(text) = std::fs::read_to_string(&path)
+    let local = |error| Error::local(path.display(), error);
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(local)?;
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => Error::refused(
+            directory.display(),
+            "another process uses this cache directory: give each its own",
+        ),
+        TryLockError::Error(error) => local(error),
+    })?;
+    let mut text = String::new();
+    if file.read_to_string(&mut text).is_ok()
         && let Ok(node) = text.trim().parse()
     {
-        return Ok(node);
+        return Ok((node, file));
     }
     let node = SnapshotId::random();
-    std::fs::write(&path, format!("{node}\n"))
-        .map_err(|error| Error::local(path.display(), error))?;
-    Ok(node)
+    file.set_len(0).and_then(|()| file.rewind()).map_err(local)?;
+    file.write_all(format!("{node}\n").as_bytes()).map_err(local)?;
+    Ok((node, file))
 }
 
 #[cfg(test)]
@@ -389,8 +425,8 @@ mod tests {
         assert!(node.opened(id).is_some(), "the node does not know what it has open");
         drop(node.block_on(node.open_id(id)).expect("opens once more"));
         node.block_on(node.renew_pins());
-        let pinned = node.block_on(store.objects().exists(&keys::pin(node.id(), id)));
-        assert!(pinned.expect("asked"), "an open snapshot is not pinned");
+        let pins = node.block_on(store.objects().list(&keys::pins(node.id())));
+        assert_eq!(pins.expect("listed").len(), 1, "an open snapshot is not pinned, or twice");
         drop(snapshot);
         node.block_on(node.renew_pins());
         assert!(node.0.snapshots.lock().is_empty(), "a slot is left");

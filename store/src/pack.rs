@@ -10,6 +10,7 @@ mod host;
 mod index;
 mod lease;
 mod lineage;
+pub(crate) mod machine;
 mod page_table;
 mod parents;
 mod source;
@@ -32,6 +33,7 @@ use builder::Builder;
 use parents::Parents;
 use source::Block;
 use transaction::Transaction;
+use upload::PackWriter;
 
 pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
@@ -138,7 +140,7 @@ pub fn pack(
         labels: request.labels.clone(),
     };
     let outcome = sources
-        .and_then(|sources| pack_sources(store, runtime, request, facts, &sources, progress));
+        .and_then(|sources| pack_sources(store, runtime, request, &facts, &sources, progress));
     if let Some(base) = base {
         base.close();
     }
@@ -150,23 +152,38 @@ pub(crate) fn pack_sources(
     store: &Store,
     runtime: &tokio::runtime::Runtime,
     request: &Request,
-    facts: Facts,
+    facts: &Facts,
     sources: &[SourceFile],
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Packed, Error> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let workers = Workers::new(threads).map_err(|error| Error::local("starting threads", error))?;
-    let transaction = Transaction::begin(store, runtime)?;
-    let outcome = runtime.block_on(Parents::find(store, request)).and_then(|parents| {
-        let parents = Arc::new(parents);
-        let mut builder = Builder::new(&transaction, &workers, &parents, request.level);
-        fill(&mut builder, sources, (&workers, threads), &parents, &request.name, progress)?;
-        let filled = builder.finish(facts)?;
-        sources.iter().try_for_each(SourceFile::check_unchanged)?;
-        transaction.commit(request, filled)
-    });
-    transaction.end();
-    outcome
+    let mut transaction = Transaction::new(store, request)?;
+    while let Some(step) = transaction.next() {
+        if step == machine::Request::Store {
+            let filled = runtime.block_on(Parents::load(&transaction, store)).and_then(|parents| {
+                let parents = Arc::new(parents);
+                let packs = PackWriter::new(transaction.id(), store, runtime);
+                let (id, level) = (transaction.id(), request.level);
+                let mut builder = Builder::new(id, packs, &workers, &parents, level);
+                fill(
+                    &mut builder,
+                    sources,
+                    (&workers, threads),
+                    &parents,
+                    &request.name,
+                    progress,
+                )?;
+                let filled = builder.finish(facts.clone())?;
+                sources.iter().try_for_each(SourceFile::check_unchanged)?;
+                Ok(filled)
+            });
+            runtime.block_on(transaction.stored(filled));
+        } else {
+            runtime.block_on(transaction.carry_out(step));
+        }
+    }
+    transaction.end()
 }
 
 /// The snapshot that a diff lies over, opened (and so pinned) by a reader of its own.

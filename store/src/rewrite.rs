@@ -59,7 +59,7 @@ impl Rewrite<'_> {
             SourceFile::below(SnapshotFile { snapshot: self.snapshot.clone(), file, same_store })
         };
         let sources: Vec<_> = (0..self.snapshot.files().len()).map(source).collect();
-        let packed = pack_sources(self.target, self.runtime, &request, facts, &sources, progress)?;
+        let packed = pack_sources(self.target, self.runtime, &request, &facts, &sources, progress)?;
         let carried = self.carry_working_sets(packed.id)?;
         Ok((packed, carried))
     }

@@ -319,7 +319,7 @@ impl World {
             Request::List("pin") => {
                 let early = me.early.as_ref().filter(|_| again).map(|early| early.1.clone());
                 let pins = me.early_pins.take().or(early).unwrap_or(pins);
-                listed(pins, |id| keys::pin(txn(99), id))
+                listed(pins, |id| keys::pin(txn(99), txn(99), id))
             }
             Request::List("snap") => {
                 let early = me.early.as_ref().filter(|_| again).map(|early| early.2.clone());

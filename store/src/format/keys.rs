@@ -93,9 +93,14 @@ pub fn reference(name: &Name, sequence: u64) -> String {
     format!("ref/{name}/{sequence:012}")
 }
 
-/// A node serves from a snapshot.
-pub fn pin(node: SnapshotId, txn: SnapshotId) -> String {
-    format!("pin/{node}/{txn}")
+/// The pins of a node.
+pub fn pins(node: SnapshotId) -> String {
+    format!("pin/{node}/")
+}
+
+/// A node serves from a snapshot; each opening has a pin of its own.
+pub fn pin(node: SnapshotId, opening: SnapshotId, txn: SnapshotId) -> String {
+    format!("pin/{node}/{opening}/{txn}")
 }
 
 /// While it is there, nothing is collected.

@@ -8,7 +8,6 @@ use bytes::Bytes;
 use super::page_table::{PageTable, Place};
 use super::parents::{Known, Parents};
 use super::source::{Block, Page};
-use super::transaction::Transaction;
 use super::upload::PackWriter;
 use super::{Filled, wait};
 use crate::format::frame::{self, FrameEntry};
@@ -65,7 +64,8 @@ pub(super) struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     pub(super) fn new(
-        transaction: &'a Transaction<'_>,
+        snapshot: crate::SnapshotId,
+        packs: PackWriter<'a>,
         workers: &'a Workers,
         parents: &'a Parents,
         level: i32,
@@ -73,7 +73,7 @@ impl<'a> Builder<'a> {
         Self {
             workers,
             level,
-            packs: PackWriter::new(transaction),
+            packs,
             table: PageTable::default(),
             pending: Vec::with_capacity(FRAME_PAGES * PAGE_SIZE),
             pending_ids: Vec::new(),
@@ -85,7 +85,7 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             next_page: 0,
             statistics: Statistics::default(),
-            snapshot: transaction.id(),
+            snapshot,
         }
     }
 

@@ -36,14 +36,25 @@ impl Lease {
     }
 
     /// Gives it up. A lease that stays goes stale, and a collector clears it away.
-    pub(super) async fn release(self) {
+    pub(super) async fn release(mut self) {
         self.renewal.abort();
         // Not before the renewal is over: it could write the lease again.
-        let renewal = self.renewal.await;
+        let renewal = (&mut self.renewal).await;
         debug_assert!(renewal.is_err(), "the renewal never ends by itself");
-        if let Err(error) = self.store.objects().delete(&keys::lease(self.txn)).await {
-            tracing::warn!("lease {} is not deleted: {error}", self.txn);
-        }
+        delete(&self.store, self.txn).await;
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // A packer that ends without releasing leaves its lease to go stale.
+        self.renewal.abort();
+    }
+}
+
+pub(super) async fn delete(store: &Store, txn: SnapshotId) {
+    if let Err(error) = store.objects().delete(&keys::lease(txn)).await {
+        tracing::warn!("lease {txn} is not deleted: {error}");
     }
 }
 

@@ -1,9 +1,10 @@
 //! Which snapshots a new one may refer to: the packer's steps 2 and 3 of the collection protocol.
 //!
-//! Everything here is called with the lease in the store, and decides from what it reads now.
+//! Everything here is called with the lease in the store, and tells what it reads now;
+//! [`Packer`](super::machine::Packer) decides.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
 
 use futures::{StreamExt, TryStreamExt};
@@ -39,9 +40,9 @@ pub struct Lineage {
 }
 
 /// Everything that some collector may be about to delete.
-pub(super) async fn condemned(store: &Store) -> Result<HashSet<PackId>, Error> {
+pub(super) async fn condemned(store: &Store) -> Result<BTreeSet<PackId>, Error> {
     'again: for _ in 0..CONDEMNED_TRIES {
-        let mut packs = HashSet::new();
+        let mut packs = BTreeSet::new();
         for object in store.objects().list("gc/condemned/").await? {
             match read_record::<Condemned>(store.objects(), &object.key).await {
                 Ok(condemned) => packs.extend(condemned.packs),

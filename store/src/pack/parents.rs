@@ -6,9 +6,8 @@ use std::collections::{HashMap, HashSet};
 
 use futures::{StreamExt, TryStreamExt};
 
-use super::Request;
 use super::index::{Index, PackPages, Table};
-use super::lineage;
+use super::transaction::Transaction;
 use crate::format::frame::FrameEntry;
 use crate::format::keys::PackId;
 use crate::format::record::{Commit, PackRef};
@@ -58,21 +57,13 @@ pub(super) struct Parents {
 }
 
 impl Parents {
-    /// Steps 2 to 4 of the protocol: what collectors condemn, then the parents, then their pages.
-    /// The lease must be in the store.
-    pub(super) async fn find(store: &Store, request: &Request) -> Result<Self, Error> {
-        let lineage = &request.lineage;
-        if lineage.parents.is_empty() && !lineage.automatic {
-            return Ok(Self::default());
-        }
-        let mut avoided = lineage::condemned(store).await?;
-        avoided.extend(&lineage.avoided);
-        let index = Index::open(store.id(), lineage.index.as_deref())?;
-        let commits = lineage::choose(store, request, &index).await?;
+    /// Step 4 of the protocol: the pages of the parents, in packs that may be referred to.
+    pub(super) async fn load(transaction: &Transaction<'_>, store: &Store) -> Result<Self, Error> {
+        let (index, commits) = (transaction.index(), transaction.parents());
         let mut parents = Self::default();
-        parents.load_packs(store, &index, &commits, &avoided).await?;
-        for commit in &commits {
-            parents.add(&index, commit);
+        parents.load_packs(store, transaction).await?;
+        for commit in commits {
+            parents.add(index, commit);
         }
         index.prune();
         Ok(parents)
@@ -81,15 +72,15 @@ impl Parents {
     async fn load_packs(
         &mut self,
         store: &Store,
-        index: &Index,
-        commits: &[Commit],
-        avoided: &HashSet<PackId>,
+        transaction: &Transaction<'_>,
     ) -> Result<(), Error> {
+        let index = transaction.index();
         let mut seen = HashSet::new();
-        let wanted: Vec<PackRef> = commits
+        let wanted: Vec<PackRef> = transaction
+            .parents()
             .iter()
             .flat_map(|commit| &commit.packs)
-            .filter(|pack| !avoided.contains(&pack.pack) && seen.insert(pack.pack))
+            .filter(|pack| transaction.may_refer_to(&pack.pack) && seen.insert(pack.pack))
             .take(MOST_PACKS)
             .cloned()
             .collect();

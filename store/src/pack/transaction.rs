@@ -1,59 +1,140 @@
-//! One packing transaction, in the order of the collection protocol.
+//! Carrying out a packer's requests on a store: everything but the packs.
 
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::time::Duration;
 
-use parking_lot::Mutex;
-use tokio::runtime::Runtime;
+use tokio::time::Instant;
 
+use super::index::Index;
 use super::lease::Lease;
-use super::{Filled, Packed, Request};
-use crate::format::keys;
+use super::machine::{Answer, Outcome, Packer, Request as Step, Verdict};
+use super::{Filled, Packed, Request, lineage};
+use crate::format::keys::{self, PackId};
 use crate::format::manifest;
 use crate::format::record::{self, Commit, Decision, FileRecord, MAX_RECORD_BYTES};
 use crate::id::Hash;
 use crate::store::{Store, read_record};
 use crate::{Error, ErrorKind, SnapshotId};
 
-/// A packer that took longer gives up before it commits; part of the protocol.
-const LONGEST: Duration = Duration::from_secs(24 * 3600);
-/// How long an unknown outcome of the commit is asked for.
-const DOUBT: Duration = Duration::from_secs(120);
+/// Between two questions for a decision that is in doubt.
+const BETWEEN_QUESTIONS: Duration = Duration::from_secs(1);
 
+/// One packing: its [`Packer`] and what its requests came to.
 pub(super) struct Transaction<'a> {
+    packer: Packer,
     id: SnapshotId,
     store: &'a Store,
-    runtime: &'a Runtime,
+    request: &'a Request,
     began: Instant,
-    lease: Mutex<Option<Lease>>,
+    index: Index,
+    lease: Option<Lease>,
+    parents: Vec<Commit>,
+    written: Option<Written>,
+    in_doubt_since: Option<Instant>,
+    sequence: Option<u64>,
+    failure: Option<Error>,
+}
+
+/// What is in the store, or will be, if the transaction commits.
+struct Written {
+    sealed: Vec<u8>,
+    nonce: SnapshotId,
+    packed: Packed,
 }
 
 impl<'a> Transaction<'a> {
-    /// Takes a new id and a lease on it, which is durable before anything else is written.
-    pub(super) fn begin(store: &'a Store, runtime: &'a Runtime) -> Result<Self, Error> {
+    pub(super) fn new(store: &'a Store, request: &'a Request) -> Result<Self, Error> {
         let id = SnapshotId::random();
-        let lease = runtime.block_on(Lease::take(store, id))?;
-        Ok(Self { id, store, runtime, began: Instant::now(), lease: Mutex::new(Some(lease)) })
+        let lineage = &request.lineage;
+        let has_parents = lineage.automatic || !lineage.parents.is_empty();
+        Ok(Self {
+            // What replaces another gets its names one by one, each only if it still stands for that.
+            packer: Packer::new(id, has_parents, request.replaces.is_none()),
+            id,
+            store,
+            request,
+            began: Instant::now(),
+            index: Index::open(store.id(), lineage.index.as_deref())?,
+            lease: None,
+            parents: Vec::new(),
+            written: None,
+            in_doubt_since: None,
+            sequence: None,
+            failure: None,
+        })
     }
 
     pub(super) fn id(&self) -> SnapshotId {
         self.id
     }
 
-    pub(super) fn store(&self) -> &'a Store {
-        self.store
+    /// What to carry out next: [`Step::Store`] by the caller, who ends it with
+    /// [`Transaction::stored`]; everything else by [`Transaction::carry_out`].
+    pub(super) fn next(&self) -> Option<Step> {
+        self.packer.next()
     }
 
-    pub(super) fn runtime(&self) -> &'a Runtime {
-        self.runtime
+    pub(super) fn index(&self) -> &Index {
+        &self.index
     }
 
-    /// Writes manifest, commit record and name; all packs are in the store.
-    pub(super) fn commit(&self, request: &Request, filled: Filled) -> Result<Packed, Error> {
-        self.runtime.block_on(self.write_records(request, filled))
+    /// Commit records of the parents, in the order in which they are asked for a page.
+    pub(super) fn parents(&self) -> &[Commit] {
+        &self.parents
     }
 
-    async fn write_records(&self, request: &Request, filled: Filled) -> Result<Packed, Error> {
+    /// Whether the manifest may refer to a pack of somebody else.
+    pub(super) fn may_refer_to(&self, pack: &PackId) -> bool {
+        self.packer.may_refer_to(pack) && !self.request.lineage.avoided.contains(pack)
+    }
+
+    pub(super) async fn carry_out(&mut self, step: Step) {
+        let answer = match step {
+            Step::TakeLease => self.take_lease().await,
+            Step::Condemned => lineage::condemned(self.store).await.map(Answer::Condemned),
+            Step::Parents => self.choose_parents().await,
+            Step::Store => unreachable!("the packs are the caller's; this is a bug"),
+            Step::Commit => self.commit().await,
+            Step::ReadDecision => self.read_decision().await,
+            Step::Name => self.name().await,
+            Step::EndLease => self.end_lease().await,
+        };
+        self.take(answer);
+    }
+
+    /// All own packs are in the store, or it failed. Writes the manifest.
+    pub(super) async fn stored(&mut self, filled: Result<Filled, Error>) {
+        let answer = match filled {
+            Ok(filled) => self.write_manifest(filled).await,
+            Err(error) => Err(error),
+        };
+        self.take(answer);
+    }
+
+    fn take(&mut self, answer: Result<Answer, Error>) {
+        let taken = answer.and_then(|answer| {
+            self.packer.take(answer).map_err(|why| Error::local("packing", why))
+        });
+        if let Err(error) = taken {
+            self.packer.fail();
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    async fn take_lease(&mut self) -> Result<Answer, Error> {
+        self.lease = Some(Lease::take(self.store, self.id).await?);
+        Ok(Answer::Done)
+    }
+
+    async fn choose_parents(&mut self) -> Result<Answer, Error> {
+        self.parents = lineage::choose(self.store, self.request, &self.index).await?;
+        let packs = self.parents.iter().flat_map(|commit| &commit.packs);
+        Ok(Answer::Parents(packs.map(|pack| pack.pack).collect()))
+    }
+
+    async fn write_manifest(&mut self, filled: Filled) -> Result<Answer, Error> {
         let Filled { manifest, statistics, packs, parents } = filled;
+        let request = self.request;
         let object =
             manifest::encode(&manifest).map_err(|error| Error::local(&request.name, error))?;
         let files = manifest.files.iter().map(|(file, _)| FileRecord {
@@ -61,6 +142,7 @@ impl<'a> Transaction<'a> {
             kind: file.kind,
             bytes: file.size,
         });
+        let referred: BTreeSet<PackId> = packs.iter().map(|pack| pack.pack).collect();
         let commit = Commit {
             snapshot: self.id,
             nonce: SnapshotId::random(),
@@ -74,65 +156,102 @@ impl<'a> Transaction<'a> {
             labels: request.labels.clone(),
             statistics,
         };
-        let (file_bytes, manifest_bytes) =
-            (commit.files.iter().map(|file| file.bytes).sum(), commit.manifest_bytes);
-        self.store.objects().create(&keys::manifest(self.id), &[object.into()]).await?;
-        self.decide(commit).await?;
-        let sequence = match request.replaces {
-            None => Some(self.store.tag(&request.name, self.id).await?),
-            // Names are moved one by one, each only if it still stands for what is replaced.
-            Some(_) => None,
-        };
-        let (id, name) = (self.id, request.name.clone());
-        Ok(Packed { id, name, sequence, statistics, file_bytes, manifest_bytes, parents })
-    }
-
-    /// Creates the commit record. From then on the snapshot exists.
-    async fn decide(&self, commit: Commit) -> Result<(), Error> {
-        if self.began.elapsed() > LONGEST {
-            return Err(Error::refused(self.id, "packing took over 24 hours: start it again"));
-        }
-        let key = keys::snap(self.id);
-        let nonce = commit.nonce;
+        let (nonce, manifest_bytes) = (commit.nonce, commit.manifest_bytes);
+        let file_bytes = commit.files.iter().map(|file| file.bytes).sum();
         let sealed = record::seal(&Decision::Commit(Box::new(commit)));
         if sealed.len() as u64 > MAX_RECORD_BYTES {
             return Err(Error::refused(self.id, "refers to too many packs: repack it first"));
         }
-        let doubt_began = Instant::now();
-        loop {
-            let created = self.store.objects().create(&key, &[sealed.clone().into()]).await;
-            let doubtful = match created {
-                Ok(()) => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::Exists => {
-                    return self.read_decision(&key, nonce).await;
+        self.store.objects().create(&keys::manifest(self.id), &[object.into()]).await?;
+        let (id, name) = (self.id, request.name.clone());
+        let packed =
+            Packed { id, name, sequence: None, statistics, file_bytes, manifest_bytes, parents };
+        self.written = Some(Written { sealed, nonce, packed });
+        Ok(Answer::Stored(referred, self.began.elapsed()))
+    }
+
+    /// Creates the commit record. From then on the snapshot exists.
+    async fn commit(&mut self) -> Result<Answer, Error> {
+        let sealed = self.written.as_ref().map(|written| written.sealed.clone());
+        let record = [sealed.unwrap_or_default().into()];
+        match self.store.objects().create(&keys::snap(self.id), &record).await {
+            Ok(()) => Ok(Answer::Created),
+            Err(error) => Ok(match error.kind() {
+                ErrorKind::Exists => Answer::Exists,
+                ErrorKind::Unreachable => self.unknown(error).await,
+                _ => {
+                    self.failure = Some(error);
+                    Answer::NotWritten
                 }
-                Err(error) => error,
-            };
-            // It may have arrived all the same; asking again is safe, guessing is not.
-            if doubtful.kind() != ErrorKind::Unreachable || doubt_began.elapsed() > DOUBT {
-                return Err(doubtful);
-            }
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            }),
         }
     }
 
-    async fn read_decision(&self, key: &str, nonce: SnapshotId) -> Result<(), Error> {
-        match read_record::<Decision>(self.store.objects(), key).await? {
-            Decision::Commit(commit) if commit.nonce == nonce => Ok(()),
-            Decision::Commit(_) => Err(Error::exists(key, "was written by somebody else")),
-            Decision::Abort(abort) => {
+    async fn read_decision(&mut self) -> Result<Answer, Error> {
+        let nonce = self.written.as_ref().map(|written| written.nonce);
+        Ok(match read_record::<Decision>(self.store.objects(), &keys::snap(self.id)).await {
+            Ok(Decision::Commit(commit)) if Some(commit.nonce) == nonce => {
+                Answer::Decision(Some(Verdict::Ours))
+            }
+            Ok(Decision::Commit(_)) => Answer::Decision(Some(Verdict::Anothers)),
+            Ok(Decision::Abort(abort)) => {
                 let text =
                     format!("a collector ended this packing ({}): start it again", abort.reason);
-                Err(Error::refused(self.id, text))
+                self.failure = Some(Error::refused(self.id, text));
+                Answer::Decision(Some(Verdict::Aborted))
             }
-        }
+            Err(error) => match error.kind() {
+                ErrorKind::NotFound => Answer::Decision(None),
+                ErrorKind::Unreachable | ErrorKind::Damaged => self.unknown(error).await,
+                _ => return Err(error),
+            },
+        })
     }
 
-    /// Gives up the lease, whatever came of it. What an unfinished transaction wrote is garbage
-    /// that the collector takes.
-    pub(super) fn end(&self) {
-        if let Some(lease) = self.lease.lock().take() {
-            self.runtime.block_on(lease.release());
+    /// Asking again is safe, guessing is not.
+    async fn unknown(&mut self, error: Error) -> Answer {
+        let since = *self.in_doubt_since.get_or_insert_with(Instant::now);
+        self.failure = Some(error);
+        tokio::time::sleep(BETWEEN_QUESTIONS).await;
+        Answer::Unknown(since.elapsed())
+    }
+
+    async fn name(&mut self) -> Result<Answer, Error> {
+        // What was in doubt on the way here is decided.
+        self.failure = None;
+        self.sequence = Some(self.store.tag(&self.request.name, self.id).await?);
+        Ok(Answer::Done)
+    }
+
+    /// Whatever came of it. What an unfinished transaction wrote is garbage that collectors take.
+    async fn end_lease(&mut self) -> Result<Answer, Error> {
+        match self.lease.take() {
+            Some(lease) => lease.release().await,
+            // Taking it failed, and may have reached the store.
+            None => super::lease::delete(self.store, self.id).await,
+        }
+        Ok(Answer::Done)
+    }
+
+    /// What came of it all; there is no next step.
+    pub(super) fn end(self) -> Result<Packed, Error> {
+        let failure = |text: &str| Error::refused(self.id, text);
+        match (self.packer.outcome(), self.written) {
+            (Some(Outcome::Committed), Some(written)) => match self.failure {
+                Some(error) if self.sequence.is_none() && self.request.replaces.is_none() => {
+                    let text =
+                        format!("is packed as {}, but has not got its name: {error}", self.id);
+                    Err(Error::new(error.kind(), &self.request.name, text))
+                }
+                _ => Ok(Packed { sequence: self.sequence, ..written.packed }),
+            },
+            (Some(Outcome::TooLate), _) => {
+                Err(failure("packing took over 24 hours: start it again"))
+            }
+            (Some(Outcome::Anothers), _) => {
+                Err(Error::exists(keys::snap(self.id), "was written by somebody else"))
+            }
+            _ => Err(self.failure.unwrap_or_else(|| failure("was not committed"))),
         }
     }
 }

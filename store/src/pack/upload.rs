@@ -2,16 +2,17 @@
 //! while the next pack fills.
 
 use bytes::Bytes;
+use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use super::transaction::Transaction;
 use crate::format::frame::FrameEntry;
 use crate::format::keys::PackId;
 use crate::format::manifest::PackedFrame;
 use crate::format::pack::{self, Footer, HEADER_BYTES};
 use crate::format::record::PackRef;
 use crate::id::Hash;
-use crate::{Error, PAGE_SIZE};
+use crate::store::Store;
+use crate::{Error, PAGE_SIZE, SnapshotId};
 
 /// A pack is closed when it is this long. Two are in memory at once: one fills, one is on its way.
 const PACK_BYTES: u64 = 32 << 20;
@@ -19,7 +20,8 @@ const PACK_BYTES: u64 = 32 << 20;
 const PACK_PAGES: usize = 1 << 17;
 
 pub(super) struct PackWriter<'a> {
-    transaction: &'a Transaction<'a>,
+    store: &'a Store,
+    runtime: &'a Runtime,
     finished: Vec<PackRef>,
     uploading: Option<JoinHandle<Result<(), Error>>>,
     open: OpenPack,
@@ -51,9 +53,9 @@ impl OpenPack {
 }
 
 impl<'a> PackWriter<'a> {
-    pub(super) fn new(transaction: &'a Transaction<'a>) -> Self {
-        let open = OpenPack::new(PackId { txn: transaction.id(), number: 0 });
-        Self { transaction, finished: Vec::new(), uploading: None, open }
+    pub(super) fn new(txn: SnapshotId, store: &'a Store, runtime: &'a Runtime) -> Self {
+        let open = OpenPack::new(PackId { txn, number: 0 });
+        Self { store, runtime, finished: Vec::new(), uploading: None, open }
     }
 
     /// Appends a frame; answers with its place.
@@ -91,18 +93,15 @@ impl<'a> PackWriter<'a> {
         let hash = Hash(*pack.hasher.finalize().as_bytes());
         self.finished.push(PackRef { pack: pack.id, bytes: pack.bytes, hash });
         self.wait_for_upload()?;
-        let objects = self.transaction.store().objects().clone();
-        self.uploading = Some(
-            self.transaction
-                .runtime()
-                .spawn(async move { objects.create(&pack.id.key(), &pack.chunks).await }),
-        );
+        let objects = self.store.objects().clone();
+        let upload = async move { objects.create(&pack.id.key(), &pack.chunks).await };
+        self.uploading = Some(self.runtime.spawn(upload));
         Ok(())
     }
 
     fn wait_for_upload(&mut self) -> Result<(), Error> {
         let Some(uploading) = self.uploading.take() else { return Ok(()) };
-        let outcome = self.transaction.runtime().block_on(uploading);
+        let outcome = self.runtime.block_on(uploading);
         outcome.map_err(|error| Error::local("uploading a pack", error))?
     }
 }
