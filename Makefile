@@ -16,10 +16,12 @@ test: build
 test-s3: build
 	./tests/servers/test-s3.sh
 
-# Long runs: every function in guests of both sizes, and the collection protocol in larger scopes.
+# Long runs: every function in guests of both sizes, the collection protocol in larger scopes,
+# and 20,000 seeds of the simulator.
 soak: build
 	cargo test --release --locked -p reap-tests --features soak --test end_to_end every_function
 	cargo test --release --locked -p reap-store --features soak --lib larger_scopes
+	cargo test --release --locked -p reap-store --features soak --lib many_seeds
 
 # Cold and warm starts by every way, with guests of the laboratory.
 bench: build

@@ -58,7 +58,11 @@ pub(crate) fn parse(bytes: &[u8], memory_bytes: u64) -> Result<Parsed, Handshake
             Err(rule(format!("the message is longer than {MAX_MESSAGE_BYTES} bytes")))
         }
         Some(Err(error)) => Err(rule(format!("the message is not an array of regions ({error})"))),
-        Some(Ok(regions)) => check(&regions, memory_bytes).map(Parsed::Complete),
+        Some(Ok(regions)) => {
+            let rest = &bytes[values.byte_offset()..];
+            require(rest.trim_ascii().is_empty(), "there are bytes after the regions")?;
+            check(&regions, memory_bytes).map(Parsed::Complete)
+        }
     }
 }
 
@@ -183,6 +187,17 @@ mod tests {
         ] {
             let error = parse(text.as_bytes(), MIB).expect_err(text);
             assert!(error.to_string().contains("not an array of regions"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bytes_after_the_regions_are_refused_and_blanks_are_not() {
+        let text = format!("[{}]", region(MIB, MIB, 0, ""));
+        let with = |tail: &str| parse(format!("{text}{tail}").as_bytes(), 256 * MIB);
+        assert!(matches!(with(" \n"), Ok(Parsed::Complete(_))));
+        for tail in ["x", "[]", "\0"] {
+            let error = with(tail).expect_err(tail);
+            assert!(error.to_string().contains("after the regions"), "{error}");
         }
     }
 

@@ -16,6 +16,10 @@ pub struct SnapshotId([u8; 16]);
 impl SnapshotId {
     /// A new random id.
     pub fn random() -> Self {
+        #[cfg(test)]
+        if let Some(bytes) = crate::simulation::seeded_id() {
+            return Self(bytes);
+        }
         Self(rand::random())
     }
 

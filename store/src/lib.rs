@@ -25,6 +25,8 @@ pub mod pack;
 mod reader;
 pub mod repack;
 mod rewrite;
+#[cfg(test)]
+mod simulation;
 pub mod snapshot;
 pub mod store;
 pub mod usage;

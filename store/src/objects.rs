@@ -63,6 +63,14 @@ impl Objects {
         })
     }
 
+    /// A store of a test's own.
+    #[cfg(test)]
+    pub(crate) fn over(store: Arc<dyn ObjectStore>) -> Self {
+        let prefix = object_store::path::Path::default();
+        let url = "s3://simulation".to_owned();
+        Self { url, bulk: store.clone(), demand: store, prefix, local_root: None }
+    }
+
     fn connect_local(url: &str, parsed: &Url, make_directory: bool) -> Result<Self, Error> {
         let root = parsed
             .to_file_path()
@@ -113,7 +121,12 @@ impl Objects {
             return Err(error);
         }
         let length = chunks.iter().map(|chunk| chunk.len() as u64).sum();
-        let there = self.get(key, length).await.map_err(|_| error.clone())?;
+        let there = match self.get(key, length).await {
+            Ok(there) => there,
+            // Whose it is, is not known: that is no refusal.
+            Err(unknown) if unknown.kind() == ErrorKind::Unreachable => return Err(unknown),
+            Err(_) => return Err(error),
+        };
         let mut rest = &there[..];
         let same = chunks.iter().all(|chunk| match rest.split_at_checked(chunk.len()) {
             Some((head, tail)) if head == chunk => {

@@ -13,6 +13,8 @@ mod lineage;
 pub(crate) mod machine;
 mod page_table;
 mod parents;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod source;
 mod transaction;
 mod upload;

@@ -1,6 +1,6 @@
 //! A reader's decisions about one snapshot, without I/O: the reader's steps of the collection protocol
-//! in `docs/FORMAT.md`. The exhaustive test in `collect/model.rs` and the simulator explore this very
-//! code.
+//! in `docs/FORMAT.md`. The simulator drives this very code; `collect/model.rs` explores the same
+//! steps exhaustively.
 
 /// What the reader wants done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

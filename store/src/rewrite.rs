@@ -100,8 +100,6 @@ async fn rebound(
     let damaged = |why: Malformed| Error::damaged(&key, why);
     let mut header = source.working_set_header(old, listed).await?;
     let object = source.objects().get(&key, working_set::MAX_OBJECT_BYTES).await?;
-    let prelude = object.get(..working_set::PRELUDE_BYTES).unwrap_or_default();
-    let end = working_set::header_end(prelude).map_err(damaged)?;
     let mut chunks = Vec::with_capacity(header.frames.len() + 1);
     let mut offset = 0;
     for frame in &mut header.frames {
@@ -109,9 +107,6 @@ async fn rebound(
         let to = (from + frame.entry.stored_bytes as usize).min(object.len());
         let stored = object.slice(from..to);
         frame::decode(&frame.entry, &stored).map_err(damaged)?;
-        if frame.entry.offset < end {
-            return Err(Error::damaged(&key, "a frame lies in the header"));
-        }
         frame.entry.offset = offset;
         offset = frame.entry.end();
         chunks.push(stored);

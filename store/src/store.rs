@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use crate::format::keys;
 use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest};
 use crate::format::record::{
-    self, Commit, Decision, MAX_RECORD_BYTES, Marker, Reference, StoreRecord, VERSION,
+    self, Commit, Decision, MAX_RECORD_BYTES, Marker, Record, Reference, StoreRecord, VERSION,
 };
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::id::Hash;
@@ -70,6 +69,13 @@ impl Store {
         };
         objects.create(keys::FORMAT, &[record::seal(&record).into()]).await?;
         Ok(Self { objects, record })
+    }
+
+    /// Over objects of a test's own.
+    #[cfg(test)]
+    pub(crate) fn over(objects: Objects) -> Self {
+        let store = SnapshotId::from_bytes([0; 16]);
+        Self { objects, record: StoreRecord { version: VERSION, store, created_unix_ms: 0 } }
     }
 
     /// Opens the store at `url`.
@@ -233,7 +239,8 @@ impl Store {
             if self.reference(name, newest).await?.snapshot != from {
                 return Ok(false);
             }
-            let (key, chunks) = name_record(name, newest + 1, to, nonce);
+            let next = keys::next_sequence(&keys::refs(name), Some(newest))?;
+            let (key, chunks) = name_record(name, next, to, nonce);
             match self.objects.create(&key, &chunks).await {
                 Ok(()) => return Ok(true),
                 // Somebody moved it meanwhile, perhaps elsewhere.
@@ -314,7 +321,7 @@ impl Store {
         object: impl Fn(u64) -> (String, Vec<bytes::Bytes>),
     ) -> Result<u64, Error> {
         for _ in 0..SEQUENCE_TRIES {
-            let sequence = self.newest_sequence(prefix).await?.map_or(1, |newest| newest + 1);
+            let sequence = keys::next_sequence(prefix, self.newest_sequence(prefix).await?)?;
             let (key, chunks) = object(sequence);
             match self.objects.create(&key, &chunks).await {
                 Ok(()) => return Ok(sequence),
@@ -349,10 +356,7 @@ fn name_record(
 }
 
 /// Reads a sealed record.
-pub(crate) async fn read_record<T: DeserializeOwned>(
-    objects: &Objects,
-    key: &str,
-) -> Result<T, Error> {
+pub(crate) async fn read_record<T: Record>(objects: &Objects, key: &str) -> Result<T, Error> {
     let bytes = objects.get(key, MAX_RECORD_BYTES).await?;
     record::unseal(&bytes).map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
 }

@@ -88,7 +88,9 @@ fn civil_date(mut days: u64) -> (u64, u64, u64) {
     let leap = |year: u64| {
         year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
     };
-    let mut year = 1970;
+    // 400 years are always as many days, whatever the clock says.
+    let mut year = 1970 + days / 146_097 * 400;
+    days %= 146_097;
     loop {
         let length = if leap(year) { 366 } else { 365 };
         if days < length {

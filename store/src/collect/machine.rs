@@ -317,9 +317,17 @@ impl Collector {
         self.fates.keys().filter(|txn| self.is_live(txn)).copied().collect()
     }
 
-    /// Packs that live snapshots refer to and that were not listed: written since, or lost.
-    pub(super) fn not_listed(&self) -> BTreeSet<PackId> {
-        self.referenced().into_iter().filter(|pack| !self.packs.contains_key(pack)).collect()
+    /// Objects that a live snapshot needs and that were not listed: written since, or lost.
+    pub(super) fn not_listed(&self) -> Vec<(String, SnapshotId)> {
+        let mut missing = Vec::new();
+        for (txn, fate) in self.fates.iter().filter(|(txn, _)| self.is_live(txn)) {
+            let Fate::Committed(packs) = fate else { continue };
+            let packs = packs.iter().filter(|pack| !self.packs.contains_key(pack));
+            let manifest = Some(keys::manifest(*txn)).filter(|key| !self.others.contains_key(key));
+            let keys = packs.map(PackId::key).chain(manifest);
+            missing.extend(keys.map(|key| (key, *txn)));
+        }
+        missing
     }
 
     /// Bytes of all packs that were listed.

@@ -1,9 +1,10 @@
 //! Carrying out a collector's requests on a store.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
+use tokio::time::Instant;
 
 use super::machine::{Answer, Collector, Fate, Request};
 use super::{Collected, GarbageObject, Options, probe};
@@ -14,7 +15,8 @@ use crate::{Error, ErrorKind, SnapshotId};
 
 /// How long a packer at work is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
-const GLANCE: Duration = Duration::from_millis(200);
+/// Between two looks at those that are waited for: twice as long each time.
+const GLANCES: std::ops::Range<Duration> = Duration::from_millis(100)..Duration::from_secs(5);
 /// A condemned list this old belongs to a run that died. If it did not, it finds its list gone and stops.
 const DEAD_RUN: Duration = Duration::from_secs(3600);
 /// GETs and DELETEs in flight.
@@ -167,7 +169,7 @@ impl Run<'_> {
     ) -> Result<BTreeMap<SnapshotId, Fate>, Error> {
         let mut fates = BTreeMap::new();
         let mut open = txns;
-        let began = Instant::now();
+        let (began, mut glance) = (Instant::now(), GLANCES.start);
         while !open.is_empty() {
             let leases = self.lease_times().await?;
             for txn in open.clone() {
@@ -188,7 +190,8 @@ impl Run<'_> {
                 let text = "a packer is at work with this lease: collect again when it is done";
                 return Err(Error::refused(keys::lease(*at_work), text));
             }
-            tokio::time::sleep(GLANCE).await;
+            tokio::time::sleep(glance).await;
+            glance = GLANCES.end.min(glance * 2);
         }
         Ok(fates)
     }
@@ -227,24 +230,21 @@ impl Run<'_> {
         }
     }
 
-    /// Objects of live snapshots that were not listed were written since, or are lost.
+    /// Objects of live snapshots that were not listed were written since, or are lost; or the snapshot
+    /// was removed since, and another run was faster.
     async fn look_for_losses(&self, collector: &Collector) -> Result<(), Error> {
-        let packs = collector.not_listed().into_iter().map(|pack| pack.key());
-        let manifests = collector.live().into_iter().map(keys::manifest);
-        let listed: BTreeSet<String> = self
-            .store
-            .objects()
-            .list("manifest")
-            .await?
-            .into_iter()
-            .map(|object| object.key)
-            .collect();
-        for key in packs.chain(manifests.filter(|key| !listed.contains(key))) {
-            if !self.store.objects().exists(&key).await? {
-                super::halt(self.store.objects(), &key).await;
-                let text = "a live snapshot refers to it and it is gone: collection is halted";
-                return Err(Error::damaged(key, text));
+        let objects = self.store.objects();
+        for (key, snapshot) in collector.not_listed() {
+            if objects.exists(&key).await? {
+                continue;
             }
+            if self.store.is_removed(snapshot).await? {
+                let text = "went with its snapshot while this run looked: collect again";
+                return Err(Error::refused(key, text));
+            }
+            super::halt(objects, &key).await;
+            let text = "a live snapshot refers to it and it is gone: collection is halted";
+            return Err(Error::damaged(key, text));
         }
         Ok(())
     }

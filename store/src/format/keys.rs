@@ -106,13 +106,41 @@ pub fn pin(node: SnapshotId, opening: SnapshotId, txn: SnapshotId) -> String {
 /// While it is there, nothing is collected.
 pub const HALT: &str = "gc/HALT";
 
+/// The highest sequence number: twelve digits.
+pub const MAX_SEQUENCE: u64 = 999_999_999_999;
+
 /// What follows the last `/` of a key, as a sequence number.
 pub fn sequence_of(key: &str) -> Option<u64> {
     let digits = key.rsplit('/').next()?;
-    (digits.len() == 12).then(|| digits.parse().ok()).flatten()
+    let twelve = digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_digit());
+    twelve.then(|| digits.parse().ok()).flatten()
+}
+
+/// The sequence number after the newest.
+pub fn next_sequence(prefix: &str, newest: Option<u64>) -> Result<u64, Error> {
+    match newest.map_or(1, |newest| newest + 1) {
+        next if next <= MAX_SEQUENCE => Ok(next),
+        _ => Err(Error::refused(prefix, "has had all its 10^12 records: choose another name")),
+    }
 }
 
 /// What follows the last `/` of a key, as an id.
 pub fn id_of(key: &str) -> Option<SnapshotId> {
     key.rsplit('/').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sequence_number_is_twelve_digits_and_ends_there() {
+        assert_eq!(sequence_of("ref/f/000000000005"), Some(5));
+        for key in ["ref/f/+00000000005", "ref/f/5", "ref/f/0000000000005", "ref/f/00000000000x"] {
+            assert_eq!(sequence_of(key), None, "{key}");
+        }
+        assert_eq!(next_sequence("ref/f/", None).expect("first"), 1);
+        assert_eq!(next_sequence("ref/f/", Some(MAX_SEQUENCE - 1)).expect("last"), MAX_SEQUENCE);
+        assert!(next_sequence("ref/f/", Some(MAX_SEQUENCE)).is_err());
+    }
 }

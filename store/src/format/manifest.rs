@@ -13,6 +13,8 @@ use crate::{File, FileKind, PAGE_SIZE, SnapshotId};
 const MAGIC: &[u8; 8] = b"REAPMAN\x01";
 /// Bytes before the compressed body.
 const PRELUDE_BYTES: usize = 16;
+/// What a byte of a zstd frame can become: four make a block of 128 KiB (RFC 8878).
+const MOST_EXPANSION: u64 = 32 << 10;
 /// Longest manifest, as stored and decoded.
 pub const MAX_MANIFEST_BYTES: u64 = 1 << 30;
 /// Most packs that one snapshot refers to.
@@ -162,6 +164,8 @@ pub fn decode(object: &[u8]) -> Result<Manifest, Malformed> {
     require(reader.bytes(8)? == MAGIC, "it is not a manifest of format version 1")?;
     let body_bytes = reader.u64()?;
     require(body_bytes <= MAX_MANIFEST_BYTES, "a manifest is too long")?;
+    let most = compressed.len() as u64 * MOST_EXPANSION;
+    require(body_bytes <= most, "a manifest claims more than its bytes can hold")?;
     let capacity =
         usize::try_from(body_bytes).map_err(|_| Malformed::from("a manifest is too long"))?;
     let body = zstd::bulk::decompress(compressed, capacity)
@@ -239,4 +243,18 @@ fn read_file(
     }
     require(next_page == file_pages, "runs are shorter than their file")?;
     Ok((File { name, kind, size }, runs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_object_that_claims_a_long_body_is_refused_before_it_is_made() {
+        let mut object = MAGIC.to_vec();
+        object.extend_from_slice(&MAX_MANIFEST_BYTES.to_le_bytes());
+        object.extend_from_slice(&[0; 100]);
+        let why = decode(&object).expect_err("claims a GiB").0;
+        assert!(why.contains("more than its bytes can hold"), "{why}");
+    }
 }

@@ -17,6 +17,9 @@ pub const EMPTY_BYTES: u64 = (HEADER_BYTES + 8 + TRAILER_BYTES) as u64;
 pub const MAX_PACK_FRAMES: u32 = 1 << 20;
 /// Most pages of a pack.
 pub const MAX_PACK_PAGES: u32 = 1 << 24;
+/// Longest footer: as many frames and pages as a pack may have.
+const MAX_FOOTER_BYTES: u64 =
+    8 + MAX_PACK_FRAMES as u64 * FRAME_ENTRY_BYTES as u64 + MAX_PACK_PAGES as u64 * 32;
 /// Longest pack that is read.
 pub const MAX_PACK_BYTES: u64 = 4 << 30;
 
@@ -62,10 +65,12 @@ pub fn footer_range(trailer: &[u8], pack_bytes: u64) -> Result<std::ops::Range<u
     reader.bytes(32)?;
     require(reader.bytes(8)? == END_MAGIC, "a pack does not end with its trailer")?;
     reader.end()?;
-    let end = offset.checked_add(length).ok_or("a pack's footer has an impossible length")?;
-    let fits = offset >= HEADER_BYTES as u64 && end + TRAILER_BYTES as u64 == pack_bytes;
-    require(fits && pack_bytes <= MAX_PACK_BYTES, "a pack's footer has an impossible length")?;
-    Ok(offset..end)
+    let end = offset.checked_add(length);
+    let whole = end.and_then(|end| end.checked_add(TRAILER_BYTES as u64));
+    let fits = offset >= HEADER_BYTES as u64 && whole == Some(pack_bytes);
+    let short = length <= MAX_FOOTER_BYTES && pack_bytes <= MAX_PACK_BYTES;
+    require(fits && short, "a pack's footer has an impossible length")?;
+    Ok(offset..pack_bytes - TRAILER_BYTES as u64)
 }
 
 /// Reads footer and trailer (the bytes from `footer_offset` to the end of the object).
@@ -97,4 +102,33 @@ fn footer_hash(id: PackId, footer_offset: u64, footer: &[u8]) -> Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&header(id)).update(&footer_offset.to_le_bytes()).update(footer);
     Hash(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trailer_that_points_elsewhere_is_refused() {
+        let trailer = |offset: u64, length: u64| {
+            let mut writer = Writer::default();
+            writer.u64(offset).u64(length).bytes(&[0; 32]).bytes(END_MAGIC);
+            writer.0
+        };
+        assert_eq!(footer_range(&trailer(100, 50), 206), Ok(100..150));
+        let footer = MAX_FOOTER_BYTES + 1;
+        for (offset, length, pack_bytes) in [
+            (u64::MAX - 55, 0, 0),
+            (u64::MAX, 1, 56),
+            (100, u64::MAX, 206),
+            (100, 50, 207),
+            (31, 119, 206),
+            (100, footer, 100 + footer + 56),
+        ] {
+            assert!(
+                footer_range(&trailer(offset, length), pack_bytes).is_err(),
+                "{offset}, {length}"
+            );
+        }
+    }
 }

@@ -8,9 +8,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::keys::PackId;
+use super::manifest::{MAX_FILE_BYTES, MAX_FILES, MAX_MANIFEST_BYTES, MAX_PACKS};
+use super::pack::{EMPTY_BYTES, MAX_PACK_BYTES};
 use super::{Malformed, require};
-use crate::id::Hash;
-use crate::{FileKind, SnapshotId};
+use crate::id::{Hash, check_name};
+use crate::{FileKind, PAGE_SIZE, SnapshotId};
 
 /// Largest record that is read.
 pub const MAX_RECORD_BYTES: u64 = 4 << 20;
@@ -189,15 +191,88 @@ pub fn seal(record: &impl Serialize) -> Vec<u8> {
     bytes
 }
 
-/// The record in `bytes`, if not a bit of it was changed.
-pub fn unseal<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+/// A record that is read back: whatever its hash says, its numbers must make sense to those who add and
+/// allocate.
+pub trait Record: DeserializeOwned {
+    /// Whether they do.
+    fn check(&self) -> Result<(), Malformed>;
+}
+
+/// The end of the year 9999: what is later is nobody's clock.
+const LAST_UNIX_MS: u64 = 253_402_300_799_999;
+
+fn check_time(unix_ms: u64) -> Result<(), Malformed> {
+    require(unix_ms <= LAST_UNIX_MS, "a time is after the year 9999")
+}
+
+impl Record for StoreRecord {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.created_unix_ms)
+    }
+}
+
+impl Record for Decision {
+    fn check(&self) -> Result<(), Malformed> {
+        match self {
+            Self::Commit(commit) => commit.check(),
+            Self::Abort(_) => Ok(()),
+        }
+    }
+}
+
+impl Commit {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.created_unix_ms)?;
+        require(self.manifest_bytes <= MAX_MANIFEST_BYTES, "a manifest is too long")?;
+        require(self.packs.len() <= MAX_PACKS as usize, "a snapshot has too many packs")?;
+        let possible = |pack: &PackRef| (EMPTY_BYTES..=MAX_PACK_BYTES).contains(&pack.bytes);
+        require(self.packs.iter().all(possible), "a pack has an impossible length")?;
+        require(self.files.len() <= MAX_FILES as usize, "a snapshot has too many files")?;
+        require(self.files.iter().all(|file| file.bytes <= MAX_FILE_BYTES), "a file is too long")?;
+        for name in self.files.iter().map(|file| &file.name).chain([&self.name]) {
+            check_name(name).map_err(|error| Malformed(error.to_string()))?;
+        }
+        let counts = &self.statistics;
+        let pages: u64 = self.files.iter().map(|file| file.bytes.div_ceil(PAGE_SIZE as u64)).sum();
+        let counted = counts
+            .zero_pages
+            .checked_add(counts.unique_pages)
+            .and_then(|sum| sum.checked_add(counts.duplicate_pages));
+        let add_up = counted == Some(counts.pages) && counts.pages == pages;
+        require(add_up, "the counts of a snapshot's pages do not add up")
+    }
+}
+
+impl Record for Reference {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.created_unix_ms)?;
+        check_name(&self.name).map_err(|error| Malformed(error.to_string()))
+    }
+}
+
+impl Record for Condemned {
+    fn check(&self) -> Result<(), Malformed> {
+        Ok(())
+    }
+}
+
+impl Record for CollectionReport {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.written_unix_ms)
+    }
+}
+
+/// The record in `bytes`, if not a bit of it was changed and it makes sense.
+pub fn unseal<T: Record>(bytes: &[u8]) -> Result<T, Malformed> {
     // '\n' + 64 hex digits + '\n'
     let at = bytes.len().checked_sub(66).ok_or("a record is truncated")?;
     let (json, tail) = bytes.split_at(at);
     let expected = format!("\n{}\n", Hash::of(json));
     require(tail == expected.as_bytes(), "a record does not match its hash")?;
-    serde_json::from_slice(json)
-        .map_err(|error| Malformed(format!("a record is not valid ({error})")))
+    let record: T = serde_json::from_slice(json)
+        .map_err(|error| Malformed(format!("a record is not valid ({error})")))?;
+    record.check()?;
+    Ok(record)
 }
 
 /// Now, in milliseconds since 1970.
@@ -209,6 +284,50 @@ pub(crate) fn now_unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn commit() -> Commit {
+        let file = FileRecord { name: "memory".into(), kind: FileKind::Memory, bytes: 4097 };
+        Commit {
+            snapshot: SnapshotId::random(),
+            nonce: SnapshotId::random(),
+            created_unix_ms: 5,
+            name: "n".into(),
+            manifest_hash: Hash([0; 32]),
+            manifest_bytes: 10,
+            packs: Vec::new(),
+            files: vec![file],
+            parents: Vec::new(),
+            labels: BTreeMap::new(),
+            statistics: Statistics { pages: 2, zero_pages: 2, ..Statistics::default() },
+        }
+    }
+
+    #[test]
+    fn sealed_numbers_that_make_no_sense_are_refused() {
+        let read = |change: &dyn Fn(&mut Commit)| {
+            let mut commit = commit();
+            change(&mut commit);
+            unseal::<Decision>(&seal(&Decision::Commit(Box::new(commit)))).map(|_| ())
+        };
+        assert_eq!(read(&|_| {}), Ok(()));
+        let pack = PackRef {
+            pack: PackId { txn: SnapshotId::random(), number: 0 },
+            bytes: u64::MAX,
+            hash: Hash([0; 32]),
+        };
+        let refused: [&dyn Fn(&mut Commit); 7] = [
+            &|commit| commit.statistics.zero_pages = 3,
+            &|commit| commit.statistics.unique_pages = u64::MAX,
+            &|commit| commit.statistics.pages = 3,
+            &|commit| commit.created_unix_ms = u64::MAX,
+            &|commit| commit.manifest_bytes = u64::MAX,
+            &|commit| commit.packs = vec![pack.clone()],
+            &|commit| commit.files[0].name = "../memory".into(),
+        ];
+        for (number, change) in refused.iter().enumerate() {
+            assert!(read(change).is_err(), "change {number}");
+        }
+    }
 
     #[test]
     fn any_changed_bit_of_a_record_is_noticed() {

@@ -102,6 +102,7 @@ pub fn decode(bytes: &[u8], object_bytes: u64) -> Result<Header, Malformed> {
     let runs: Vec<_> = (0..run_count).map(|_| read_run(&mut reader)).collect::<Result<_, _>>()?;
     let zero_runs = (0..zero_count).map(|_| read_run(&mut reader)).collect::<Result<_, _>>()?;
     reader.end()?;
+    check_frames(&frames, bytes.len() as u64, object_bytes)?;
     check_runs(&frames, &runs)?;
     Ok(Header { snapshot, manifest_hash, created_unix_ms, frames, runs, zero_runs })
 }
@@ -117,6 +118,20 @@ fn read_run(reader: &mut Reader<'_>) -> Result<WorkingSetRun, Malformed> {
     Ok(run)
 }
 
+/// The frames fill the object from the header to its end, one after the other.
+fn check_frames(
+    frames: &[WorkingSetFrame],
+    header_end: u64,
+    object_bytes: u64,
+) -> Result<(), Malformed> {
+    let mut at = header_end;
+    for frame in frames {
+        require(frame.entry.offset == at, "a working set's frames overlap or leave a gap")?;
+        at = frame.entry.end();
+    }
+    require(at == object_bytes, "a working set does not end with its last frame")
+}
+
 fn check_runs(frames: &[WorkingSetFrame], runs: &[WorkingSetRun]) -> Result<(), Malformed> {
     let mut rest = runs;
     for frame in frames {
@@ -129,4 +144,39 @@ fn check_runs(frames: &[WorkingSetFrame], runs: &[WorkingSetRun]) -> Result<(), 
         rest = later;
     }
     require(rest.is_empty(), "a working set's runs do not match its frames")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::frame;
+
+    #[test]
+    fn frames_that_overlap_or_leave_a_gap_are_refused() {
+        let (entry, stored) = frame::encode(&[7; PAGE_SIZE], 1).expect("encodes");
+        let run = |page| WorkingSetRun { file: 0, first_page: page, pages: 1, first_touch_us: 0 };
+        let header = |second: u64| Header {
+            snapshot: SnapshotId::from_bytes([1; 16]),
+            manifest_hash: Hash([2; 32]),
+            created_unix_ms: 0,
+            frames: [0, second]
+                .map(|offset| WorkingSetFrame {
+                    entry: FrameEntry { offset, ..entry },
+                    run_count: 1,
+                })
+                .to_vec(),
+            runs: vec![run(0), run(1)],
+            zero_runs: Vec::new(),
+        };
+        let length = stored.len() as u64;
+        let decoded = |second: u64, more: u64| {
+            let bytes = encode(&header(second));
+            let end = bytes.len() as u64 + second.max(length) + length + more;
+            decode(&bytes, end).map(|header| header.frames.len())
+        };
+        assert_eq!(decoded(length, 0), Ok(2));
+        for (second, more) in [(0, 0), (length - 1, 0), (length + 1, 0), (length, 1)] {
+            assert!(decoded(second, more).is_err(), "{second}, {more} more");
+        }
+    }
 }

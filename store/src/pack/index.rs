@@ -7,6 +7,7 @@ mod mapped;
 mod table;
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -25,6 +26,8 @@ const FIRST_READ_BYTES: u64 = 1 << 20;
 /// Most bytes of the index of one store on this node: 8 GiB hold some 160 million pages. What was
 /// used longest ago goes first.
 const MOST_BYTES: u64 = 8 << 30;
+/// Longest record of kinships that is read back: some million snapshots.
+const MOST_KINSHIP_BYTES: u64 = 256 << 20;
 
 /// What of a commit record tells whether a snapshot may be a parent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,6 +45,12 @@ impl Kinship {
             name: commit.name.clone(),
             base: commit.labels.get(super::lineage::BASE_LABEL).cloned(),
         }
+    }
+}
+
+impl record::Record for BTreeMap<String, Kinship> {
+    fn check(&self) -> Result<(), Malformed> {
+        Ok(())
     }
 }
 
@@ -125,8 +134,10 @@ impl Index {
 
     /// What is remembered of commit records; nothing where it does not unseal.
     pub(super) fn kinships(&self) -> BTreeMap<String, Kinship> {
-        let bytes = std::fs::read(self.directory.join("snapshots")).unwrap_or_default();
-        record::unseal(&bytes).unwrap_or_default()
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(self.directory.join("snapshots"));
+        let read = file.and_then(|file| file.take(MOST_KINSHIP_BYTES).read_to_end(&mut bytes));
+        read.ok().and_then(|_| record::unseal(&bytes).ok()).unwrap_or_default()
     }
 
     /// Remembers them.

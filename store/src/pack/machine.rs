@@ -1,7 +1,7 @@
 //! The packer's decisions, without I/O: it asks for one thing at a time and is told what came of it.
 //!
-//! The packer's steps of the collection protocol in `docs/FORMAT.md`. The exhaustive test in
-//! `collect/model.rs` and the simulator explore this very code.
+//! The packer's steps of the collection protocol in `docs/FORMAT.md`. The simulator
+//! drives this very code; `collect/model.rs` explores the same steps exhaustively.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

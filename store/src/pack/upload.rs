@@ -45,11 +45,35 @@ impl OpenPack {
         Self { id, chunks: vec![header.into()], bytes, hasher, footer: Footer::default() }
     }
 
+    /// Adds footer and trailer.
+    fn seal(&mut self) -> PackRef {
+        self.push(pack::footer_and_trailer(self.id, &self.footer, self.bytes).into());
+        let hash = Hash(*self.hasher.finalize().as_bytes());
+        PackRef { pack: self.id, bytes: self.bytes, hash }
+    }
+
     fn push(&mut self, chunk: Bytes) {
         self.hasher.update(&chunk);
         self.bytes += chunk.len() as u64;
         self.chunks.push(chunk);
     }
+}
+
+/// A whole pack of one page: its record, its frame, its bytes.
+#[cfg(test)]
+pub(super) fn small_pack(
+    id: PackId,
+    page: &[u8; PAGE_SIZE],
+) -> Result<(PackRef, PackedFrame, Vec<Bytes>), Error> {
+    let encoded = crate::format::frame::encode(page, 1);
+    let (entry, stored) = encoded.map_err(|error| Error::local("compressing", error))?;
+    let mut pack = OpenPack::new(id);
+    let entry = FrameEntry { offset: pack.bytes, ..entry };
+    pack.push(stored);
+    pack.footer.frames.push(entry);
+    pack.footer.page_ids.push(Hash::of(page));
+    let reference = pack.seal();
+    Ok((reference, PackedFrame { pack: 0, entry }, pack.chunks))
 }
 
 impl<'a> PackWriter<'a> {
@@ -89,9 +113,7 @@ impl<'a> PackWriter<'a> {
     fn close_pack(&mut self) -> Result<(), Error> {
         let next = PackId { number: self.open.id.number + 1, ..self.open.id };
         let mut pack = std::mem::replace(&mut self.open, OpenPack::new(next));
-        pack.push(pack::footer_and_trailer(pack.id, &pack.footer, pack.bytes).into());
-        let hash = Hash(*pack.hasher.finalize().as_bytes());
-        self.finished.push(PackRef { pack: pack.id, bytes: pack.bytes, hash });
+        self.finished.push(pack.seal());
         self.wait_for_upload()?;
         let objects = self.store.objects().clone();
         let upload = async move { objects.create(&pack.id.key(), &pack.chunks).await };

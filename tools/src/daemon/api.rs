@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
@@ -12,6 +12,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::prepared::{Daemon, PrepareMode};
+
+/// Longest request body.
+const MAX_BODY_BYTES: usize = 64 << 10;
 
 /// All routes. `docs/OPERATIONS.md` describes them.
 pub(super) fn router(daemon: Arc<Daemon>) -> Router {
@@ -23,6 +26,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .fallback(|| async {
             Failure(Error::not_found("the path", "there is no such route")).into_response()
         })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(daemon)
 }
 

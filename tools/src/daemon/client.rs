@@ -2,13 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use http_body_util::{BodyExt, Full};
+use anyhow::{Context, Result, anyhow};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use reap_store::Error;
 use serde_json::Value;
+
+/// Longest answer that is read: some 10,000 restores.
+const MAX_ANSWER_BYTES: usize = 64 << 20;
 
 /// Sends a request; answers with the body. An answer that is not a success is an error with the
 /// daemon's own line.
@@ -37,7 +40,9 @@ pub(super) async fn request(
         .body(Full::new(Bytes::from(body)))?;
     let response = sender.send_request(request).await?;
     let status = response.status();
-    let bytes = response.into_body().collect().await?.to_bytes();
+    let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES);
+    let bytes = body.collect().await.map_err(|error| anyhow!("the daemon's answer: {error}"))?;
+    let bytes = bytes.to_bytes();
     connection.abort();
     let value: Value = match bytes.is_empty() {
         true => Value::Null,

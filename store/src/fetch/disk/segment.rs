@@ -5,17 +5,21 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use crate::SnapshotId;
 use crate::fetch::{FrameKey, ObjectId};
-use crate::format::keys::PackId;
+use crate::format::frame::MAX_FRAME_PAGES;
+use crate::format::keys::{PackId, sequence_of};
 use crate::format::{Reader, Writer};
 use crate::id::Hash;
+use crate::{PAGE_SIZE, SnapshotId};
 
 /// Bytes before each frame's stored bytes.
 pub(super) const RECORD_BYTES: u64 = 48;
 const MAGIC: u32 = 0x5346_5231;
 /// Longest list that is read: a million records.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// Longest stored frame: a raw one.
+const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES as usize * PAGE_SIZE;
 
 /// A frame in a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +51,8 @@ impl Record {
         };
         let key = (object, reader.u64().ok()?);
         let record = Self { key, offset: reader.u32().ok()?, length: reader.u32().ok()? };
-        (magic == MAGIC).then_some(record)
+        let possible = magic == MAGIC && record.length as usize <= MAX_FRAME_BYTES;
+        possible.then_some(record)
     }
 }
 
@@ -103,7 +108,7 @@ pub(super) fn numbers(directory: &Path) -> std::io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         let name = entry?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_suffix(".seg")?.parse::<u64>().ok());
+        let number = name.to_str().and_then(|name| sequence_of(name.strip_suffix(".seg")?));
         numbers.extend(number);
     }
     numbers.sort_unstable();
