@@ -396,11 +396,8 @@ mod tests {
     use crate::FileKind;
     use crate::pack::{Input, Lineage, Request, pack};
 
-    /// A renewal that lets a pin go, while somebody waits to open the same snapshot: what is opened
-    /// then must be known to the node, or the next renewal takes its pin away under it.
-    #[test]
-    fn what_is_opened_while_its_pin_is_let_go_stays_pinned() {
-        let directory = tempfile::tempdir().expect("directory");
+    /// The URL of a store of one snapshot, and the snapshot.
+    fn store_of_one(directory: &tempfile::TempDir) -> (String, SnapshotId) {
         let memory = directory.path().join("memory");
         std::fs::write(&memory, [7; 5000]).expect("written");
         let url = format!("file://{}/store", directory.path().display());
@@ -420,6 +417,16 @@ mod tests {
         };
         let go_on = &mut |_| ControlFlow::Continue(());
         let id = pack(&store, &runtime, &request, go_on).expect("packs").id;
+        (url, id)
+    }
+
+    /// A renewal that lets a pin go, while somebody waits to open the same snapshot: what is opened
+    /// then must be known to the node, or the next renewal takes its pin away under it.
+    #[test]
+    fn what_is_opened_while_its_pin_is_let_go_stays_pinned() {
+        let directory = tempfile::tempdir().expect("directory");
+        let (url, id) = store_of_one(&directory);
+        let store = Runtime::new().expect("runtime").block_on(Store::open(&url)).expect("opens");
 
         let node = Node::start(&NodeConfig::reader(&url)).expect("starts");
         drop(node.block_on(node.open_id(id)).expect("opens"));
@@ -443,5 +450,50 @@ mod tests {
         drop(snapshot);
         node.block_on(node.renew_pins());
         assert!(node.0.snapshots.lock().is_empty(), "a slot is left");
+    }
+
+    /// A network may repeat a DELETE long after it was answered.
+    #[test]
+    fn a_late_duplicate_of_letting_go_leaves_a_later_opening_pinned() {
+        let directory = tempfile::tempdir().expect("directory");
+        let (url, id) = store_of_one(&directory);
+        let node = Node::start(&NodeConfig::reader(&url)).expect("starts");
+        let objects = node.store().objects();
+        let pins = || node.block_on(objects.list(&keys::pins(node.id()))).expect("listed");
+
+        drop(node.block_on(node.open_id(id)).expect("opens"));
+        let first = pins().pop().expect("a pin").key;
+        node.block_on(node.renew_pins());
+        assert!(pins().is_empty(), "nobody has it open");
+        let snapshot = node.block_on(node.open_id(id)).expect("opens");
+        node.block_on(objects.delete(&first)).expect("deleted once more");
+        assert_eq!(pins().len(), 1, "the second opening lost its pin");
+        drop(snapshot);
+    }
+
+    /// A killed process gives up nothing.
+    #[test]
+    fn a_node_that_starts_again_clears_its_old_pins_and_a_directory_is_one_nodes() {
+        let directory = tempfile::tempdir().expect("directory");
+        let (url, id) = store_of_one(&directory);
+        let cache_dir = Some(directory.path().join("cache"));
+        let config = NodeConfig { cache_dir, ..NodeConfig::reader(&url) };
+        let node = Node::start(&config).expect("starts");
+        let pins = |node: &Node, of: SnapshotId| {
+            node.block_on(node.store().objects().list(&keys::pins(of))).expect("listed").len()
+        };
+        let stranger = keys::pin(SnapshotId::random(), SnapshotId::random(), id);
+        node.block_on(node.store().objects().overwrite(&stranger, Vec::new())).expect("written");
+        let first = node.id();
+        let snapshot = node.block_on(node.open_id(id)).expect("opens");
+        assert_eq!(pins(&node, first), 1);
+        let refused = Node::start(&config).err().expect("the directory is in use");
+        assert_eq!(refused.kind(), ErrorKind::Refused);
+        drop(snapshot);
+        drop(node);
+
+        let again = Node::start(&config).expect("starts");
+        assert_eq!((again.id(), pins(&again, first)), (first, 0));
+        assert!(again.block_on(again.store().objects().exists(&stranger)).expect("asked"));
     }
 }
