@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use crate::handshake::{HandshakeError, MAX_MESSAGE_BYTES, Parsed, parse};
+use crate::handshake::{HandshakeError, Message};
 use crate::layout::Layout;
 use crate::poller::Poller;
 
@@ -21,6 +21,8 @@ use crate::poller::Poller;
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
 /// Handshakes in progress at once; more connections wait in the kernel.
 const MAX_HANDSHAKES: usize = 256;
+/// Bytes of a message that are taken at once.
+const CHUNK_BYTES: usize = 4096;
 /// How often deadlines are looked at while a handshake is in progress.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -47,7 +49,7 @@ pub(crate) struct Bound {
 struct Handshake {
     bound: Arc<Bound>,
     socket: UnixStream,
-    bytes: Vec<u8>,
+    message: Message,
     fds: Vec<OwnedFd>,
     began: Instant,
 }
@@ -137,8 +139,9 @@ impl Acceptor {
             refuse(bound, &HandshakeError::Socket(error.to_string()));
             return;
         }
-        let (bytes, fds, began) = (Vec::new(), Vec::new(), Instant::now());
-        handshakes.insert(key, Handshake { bound: bound.clone(), socket, bytes, fds, began });
+        let message = Message::new(bound.memory_bytes);
+        let (fds, began) = (Vec::new(), Instant::now());
+        handshakes.insert(key, Handshake { bound: bound.clone(), socket, message, fds, began });
     }
 }
 
@@ -170,7 +173,7 @@ fn advance(mut handshake: Handshake) -> Option<Handshake> {
 fn receive(handshake: &mut Handshake) -> Result<Option<Layout>, HandshakeError> {
     let rule = |text: &str| HandshakeError::Rule(text.into());
     loop {
-        let mut chunk = vec![0; MAX_MESSAGE_BYTES];
+        let mut chunk = [0; CHUNK_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -197,15 +200,12 @@ fn receive(handshake: &mut Handshake) -> Result<Option<Layout>, HandshakeError> 
         if count == 0 {
             return Err(rule("the connection was closed before the message was complete"));
         }
-        handshake.bytes.extend_from_slice(&chunk[..count]);
-        if handshake.bytes.len() > MAX_MESSAGE_BYTES {
-            return Err(rule("the message is longer than 65536 bytes"));
-        }
-        if let Parsed::Complete(layout) = parse(&handshake.bytes, handshake.bound.memory_bytes)?
+        handshake.message.push(&chunk[..count])?;
+        if let Some(layout) = handshake.message.layout()
             && let Some(fd) = handshake.fds.first()
         {
             check_is_userfaultfd(fd)?;
-            return Ok(Some(layout));
+            return Ok(Some(layout.clone()));
         }
     }
 }

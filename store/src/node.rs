@@ -17,10 +17,7 @@ use crate::fetch::{FetchCounters, Fetcher};
 use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
-use crate::{
-    Error, ErrorKind, Name, Snapshot, SnapshotId, Source, Touch, WorkingSet, WorkingSetRun,
-    working_set,
-};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
 pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
@@ -260,16 +257,6 @@ impl Node {
         listed: ListedWorkingSet,
     ) -> Result<Arc<WorkingSet>, Error> {
         let header = self.0.store.working_set_header(snapshot, listed).await?;
-        // Installing one that is not would put zeros where the guest has bytes.
-        let zero = |run: &WorkingSetRun| {
-            let pages = run.first_page..run.first_page + u64::from(run.pages);
-            let mut extents = snapshot.extents(run.file as usize, pages);
-            extents.all(|(_, extent)| matches!(extent.source, Source::Zero))
-        };
-        if !header.zero_runs.iter().all(zero) {
-            let key = keys::working_set(snapshot.id(), listed.sequence);
-            return Err(Error::damaged(key, "lists pages as zero that are not"));
-        }
         let (sequence, bytes) = (listed.sequence, listed.stored_bytes);
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }

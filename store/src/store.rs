@@ -13,7 +13,7 @@ use crate::format::record::{
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun};
 
 /// Records that are read at the same time when many are.
 const PARALLEL_READS: usize = 32;
@@ -309,6 +309,17 @@ impl Store {
         });
         if !inside {
             return Err(Error::damaged(key, "has pages outside its files"));
+        }
+        // A page of zeros that is not zero would be a wrong byte in a guest.
+        let all = |runs: &[WorkingSetRun], zero: bool| {
+            let mut extents = runs.iter().flat_map(|run| {
+                let pages = run.first_page..run.first_page + u64::from(run.pages);
+                snapshot.extents(run.file as usize, pages)
+            });
+            extents.all(|(_, extent)| (extent.source == Source::Zero) == zero)
+        };
+        if !all(&header.zero_runs, true) || !all(&header.runs, false) {
+            return Err(Error::damaged(key, "has other zero pages than its snapshot"));
         }
         Ok(header)
     }

@@ -83,14 +83,16 @@ pub fn time(unix_ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// Year, month and day of a day since 1970, by counting through the 400-year cycle.
-fn civil_date(mut days: u64) -> (u64, u64, u64) {
+/// Days of 400 years, after which the calendar repeats.
+const CYCLE_DAYS: u64 = 146_097;
+
+/// Year, month and day of a day since 1970, by counting through one 400-year cycle at most.
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    let (cycles, mut days) = (days / CYCLE_DAYS, days % CYCLE_DAYS);
     let leap = |year: u64| {
         year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
     };
-    // 400 years are always as many days, whatever the clock says.
-    let mut year = 1970 + days / 146_097 * 400;
-    days %= 146_097;
+    let mut year = 1970;
     loop {
         let length = if leap(year) { 366 } else { 365 };
         if days < length {
@@ -109,7 +111,7 @@ fn civil_date(mut days: u64) -> (u64, u64, u64) {
         days -= length;
         month += 1;
     }
-    (year, month, days + 1)
+    (year + cycles * 400, month, days + 1)
 }
 
 /// Progress in bytes: a bar on a terminal, a line now and then otherwise, nothing with `--json`.
@@ -171,5 +173,8 @@ mod tests {
         assert_eq!(time(0), "1970-01-01T00:00:00Z");
         assert_eq!(time(1_709_164_800_000), "2024-02-29T00:00:00Z");
         assert_eq!(time(1_795_500_000_000), "2026-11-24T06:00:00Z");
+        assert_eq!(time(253_402_300_799_999), "9999-12-31T23:59:59Z");
+        // 'ls' of a store with a wild time answers at once.
+        assert_eq!(time(u64::MAX), "584556019-04-03T14:25:51Z");
     }
 }

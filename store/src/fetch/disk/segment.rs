@@ -5,21 +5,22 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use crate::SnapshotId;
 use crate::fetch::{FrameKey, ObjectId};
 use crate::format::frame::MAX_FRAME_PAGES;
-use crate::format::keys::{PackId, sequence_of};
+use crate::format::keys::PackId;
 use crate::format::{Reader, Writer};
 use crate::id::Hash;
-use crate::{PAGE_SIZE, SnapshotId};
 
 /// Bytes before each frame's stored bytes.
 pub(super) const RECORD_BYTES: u64 = 48;
 const MAGIC: u32 = 0x5346_5231;
+/// Most stored bytes of a frame, pages of 4096 bytes that are raw: readers allocate what a record says.
+const MAX_STORED_BYTES: u32 = MAX_FRAME_PAGES as u32 * 4096;
+/// Segments are named by 12 digits; there is always one more number than those taken up.
+const MAX_NUMBER: u64 = 999_999_999_998;
 /// Longest list that is read: a million records.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-
-/// Longest stored frame: a raw one.
-const MAX_FRAME_BYTES: usize = MAX_FRAME_PAGES as usize * PAGE_SIZE;
 
 /// A frame in a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +52,7 @@ impl Record {
         };
         let key = (object, reader.u64().ok()?);
         let record = Self { key, offset: reader.u32().ok()?, length: reader.u32().ok()? };
-        let possible = magic == MAGIC && record.length as usize <= MAX_FRAME_BYTES;
-        possible.then_some(record)
+        (magic == MAGIC && record.length <= MAX_STORED_BYTES).then_some(record)
     }
 }
 
@@ -108,11 +108,17 @@ pub(super) fn numbers(directory: &Path) -> std::io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         let name = entry?.file_name();
-        let number = name.to_str().and_then(|name| sequence_of(name.strip_suffix(".seg")?));
-        numbers.extend(number);
+        numbers.extend(name.to_str().and_then(number_of));
     }
     numbers.sort_unstable();
     Ok(numbers)
+}
+
+/// The number of a segment by its file's name; a name that is not ours is no segment.
+fn number_of(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".seg")?;
+    let ours = digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_digit());
+    ours.then(|| digits.parse().ok()).flatten().filter(|number| *number <= MAX_NUMBER)
 }
 
 /// Opens a segment of an earlier process.
@@ -184,4 +190,25 @@ fn scan(file: &File, bytes: u64) -> std::io::Result<Vec<Record>> {
 
 fn path(directory: &Path, number: u64, kind: &str) -> PathBuf {
     directory.join(format!("{number:012}.{kind}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_name_is_no_segment_and_an_impossible_length_no_record() {
+        assert_eq!(number_of("000000000007.seg"), Some(7));
+        for bad in
+            ["18446744073709551615.seg", "7.seg", "+00000000007.seg", "999999999999.seg", "a.seg"]
+        {
+            assert_eq!(number_of(bad), None, "{bad}");
+        }
+        let key = (ObjectId::WorkingSet(SnapshotId::from_bytes([7; 16]), 3), 0);
+        for (length, good) in [(MAX_STORED_BYTES, true), (MAX_STORED_BYTES + 1, false)] {
+            let mut writer = Writer::default();
+            Record { key, offset: 48, length }.write(&mut writer);
+            assert_eq!(Record::read(&mut Reader::new(&writer.0)).is_some(), good);
+        }
+    }
 }
