@@ -6,7 +6,6 @@
     reason = "a test binary counts with small numbers"
 )]
 
-use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -93,16 +92,11 @@ fn pack_as(directory: &Path, name: &str, memory: &[u8]) -> Packed {
     std::fs::write(&path, memory).expect("input");
     let store = runtime.block_on(Store::open(&url(directory))).expect("store");
     let request = Request {
-        name: name.parse().expect("name"),
-        inputs: vec![Input { name: "memory".into(), kind: FileKind::Memory, path }],
-        labels: BTreeMap::new(),
-        vmm: None,
-        vmm_version: None,
-        guest_page_bytes: None,
         level: 1,
-        lineage: reap_store::pack::Lineage::default(),
-        diff: false,
-        replaces: None,
+        ..Request::new(
+            name.parse().expect("name"),
+            vec![Input { name: "memory".into(), kind: FileKind::Memory, path }],
+        )
     };
     pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(())).expect("packs")
 }

@@ -3,7 +3,7 @@
 mod pin;
 
 use std::collections::HashMap;
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
-use crate::fetch::disk::{DiskCache, Limits};
+use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
 use crate::fetch::{FetchCounters, Fetcher};
 use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
@@ -356,13 +356,7 @@ fn identity(directory: &Path) -> Result<(SnapshotId, File), Error> {
         .truncate(false)
         .open(&path)
         .map_err(local)?;
-    file.try_lock().map_err(|error| match error {
-        TryLockError::WouldBlock => Error::refused(
-            directory.display(),
-            "another process uses this cache directory: give each its own",
-        ),
-        TryLockError::Error(error) => local(error),
-    })?;
+    lock_for_one(&file, directory)?;
     let mut text = String::new();
     if file.read_to_string(&mut text).is_ok()
         && let Ok(node) = text.trim().parse()
@@ -381,7 +375,7 @@ mod tests {
 
     use super::*;
     use crate::FileKind;
-    use crate::pack::{Input, Lineage, Request, pack};
+    use crate::pack::{Input, Request, pack};
 
     /// The URL of a store of one snapshot, and the snapshot.
     fn store_of_one(directory: &tempfile::TempDir) -> (String, SnapshotId) {
@@ -390,18 +384,8 @@ mod tests {
         let url = format!("file://{}/store", directory.path().display());
         let runtime = Runtime::new().expect("runtime");
         let store = runtime.block_on(Store::init(&url)).expect("made");
-        let request = Request {
-            name: "f".parse().expect("a name"),
-            inputs: vec![Input { name: "memory".into(), kind: FileKind::Memory, path: memory }],
-            labels: std::collections::BTreeMap::new(),
-            vmm: None,
-            vmm_version: None,
-            guest_page_bytes: None,
-            level: 3,
-            lineage: Lineage::default(),
-            diff: false,
-            replaces: None,
-        };
+        let memory = Input { name: "memory".into(), kind: FileKind::Memory, path: memory };
+        let request = Request::new("f".parse().expect("a name"), vec![memory]);
         let go_on = &mut |_| ControlFlow::Continue(());
         let id = pack(&store, &runtime, &request, go_on).expect("packs").id;
         (url, id)

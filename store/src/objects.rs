@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::{
     BackoffConfig, ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
     PutPayload, RetryConfig,
@@ -22,6 +22,9 @@ use crate::{Error, ErrorKind};
 const DEMAND_TRY: Duration = Duration::from_secs(2);
 /// Everything else: uploads of a pack, listings.
 const BULK_TRY: Duration = Duration::from_secs(60);
+
+/// DELETEs in flight.
+const PARALLEL_DELETES: usize = 16;
 
 /// An object in a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,6 +212,12 @@ impl Objects {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.explain(key, &error)),
         }
+    }
+
+    /// Deletes objects in any order, several at a time, up to the first that cannot be.
+    pub async fn delete_all(&self, keys: &[String]) -> Result<(), Error> {
+        let deleting = futures::stream::iter(keys).map(|key| self.delete(key));
+        deleting.buffer_unordered(PARALLEL_DELETES).try_collect().await
     }
 
     /// Whether anything lies under the store's URL.

@@ -83,6 +83,24 @@ pub struct Request {
     pub replaces: Option<SnapshotId>,
 }
 
+impl Request {
+    /// These files under this name, at level 3, with nothing said of them and no parents.
+    pub fn new(name: Name, inputs: Vec<Input>) -> Self {
+        Self {
+            name,
+            inputs,
+            labels: BTreeMap::new(),
+            vmm: None,
+            vmm_version: None,
+            guest_page_bytes: None,
+            level: 3,
+            lineage: Lineage::default(),
+            diff: false,
+            replaces: None,
+        }
+    }
+}
+
 /// How far packing is, in bytes of the files.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
@@ -163,23 +181,8 @@ pub(crate) fn pack_sources(
     let mut transaction = Transaction::new(store, request)?;
     while let Some(step) = transaction.next() {
         if step == machine::Request::Store {
-            let filled = runtime.block_on(Parents::load(&transaction, store)).and_then(|parents| {
-                let parents = Arc::new(parents);
-                let packs = PackWriter::new(transaction.id(), store, runtime);
-                let (id, level) = (transaction.id(), request.level);
-                let mut builder = Builder::new(id, packs, &workers, &parents, level);
-                fill(
-                    &mut builder,
-                    sources,
-                    (&workers, threads),
-                    &parents,
-                    &request.name,
-                    progress,
-                )?;
-                let filled = builder.finish(facts.clone())?;
-                sources.iter().try_for_each(SourceFile::check_unchanged)?;
-                Ok(filled)
-            });
+            let threads = (&workers, threads);
+            let filled = fill(&transaction, runtime, facts, sources, threads, progress);
             runtime.block_on(transaction.stored(filled));
         } else {
             runtime.block_on(transaction.carry_out(step));
@@ -244,13 +247,17 @@ struct Filled {
 
 /// Reads all files into packs, which are uploaded on the way.
 fn fill(
-    builder: &mut Builder<'_>,
+    transaction: &Transaction<'_>,
+    runtime: &tokio::runtime::Runtime,
+    facts: &Facts,
     sources: &[SourceFile],
     (workers, threads): (&Workers, usize),
-    parents: &Arc<Parents>,
-    name: &Name,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<(), Error> {
+) -> Result<Filled, Error> {
+    let request = transaction.request();
+    let parents = Arc::new(runtime.block_on(Parents::load(transaction))?);
+    let packs = PackWriter::new(transaction.id(), transaction.store(), runtime);
+    let mut builder = Builder::new(transaction.id(), packs, workers, &parents, request.level);
     let total_bytes = sources.iter().map(SourceFile::bytes).sum();
     let mut at = Progress { packed_bytes: 0, total_bytes };
     for source in sources {
@@ -260,19 +267,21 @@ fn fill(
         loop {
             while scans.len() < threads * SCANS_AHEAD {
                 let Some(span) = spans.next() else { break };
-                scans.push_back(scan(source, span, parents, workers));
+                scans.push_back(scan(source, span, &parents, workers));
             }
             let Some(scanned) = scans.pop_front() else { break };
             let block: Block = wait(&scanned)??;
             at.packed_bytes += block.bytes();
             builder.add(&block)?;
             if progress(at).is_break() {
-                return Err(Error::refused(name, "packing was interrupted"));
+                return Err(Error::refused(&request.name, "packing was interrupted"));
             }
         }
         builder.end_file();
     }
-    Ok(())
+    let filled = builder.finish(facts.clone())?;
+    sources.iter().try_for_each(SourceFile::check_unchanged)?;
+    Ok(filled)
 }
 
 fn scan(

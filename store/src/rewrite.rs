@@ -12,9 +12,6 @@ use crate::pack::{Lineage, Packed, Progress, Request, SnapshotFile, SourceFile, 
 use crate::store::{ListedWorkingSet, Store};
 use crate::{Error, ErrorKind, Name, Node, Snapshot, SnapshotId};
 
-/// The zstd level of rewritten packs.
-const LEVEL: i32 = 3;
-
 /// What to write, and where to.
 pub(crate) struct Rewrite<'a> {
     /// The snapshot as it is, open and so pinned.
@@ -43,16 +40,13 @@ impl Rewrite<'_> {
         let commit = self.snapshot.commit();
         let facts = self.snapshot.facts().clone();
         let request = Request {
-            name: self.name.clone(),
-            inputs: Vec::new(),
             labels: commit.labels.clone(),
             vmm: facts.vmm.clone(),
             vmm_version: facts.vmm_version.clone(),
             guest_page_bytes: facts.guest_page_bytes,
-            level: LEVEL,
             lineage: self.lineage.clone(),
-            diff: false,
             replaces: self.replaces.then_some(commit.snapshot),
+            ..Request::new(self.name.clone(), Vec::new())
         };
         let same_store = self.node.store().id() == self.target.id();
         let source = |file| {

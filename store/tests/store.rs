@@ -8,7 +8,6 @@
     reason = "a test binary counts with small numbers, and may print"
 )]
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,22 +91,8 @@ impl Fixture {
     }
 
     fn request(&self, name: &str, memory: &Path) -> Request {
-        Request {
-            name: name.parse().expect("a good name"),
-            inputs: vec![Input {
-                name: "memory".into(),
-                kind: FileKind::Memory,
-                path: memory.into(),
-            }],
-            labels: BTreeMap::new(),
-            vmm: None,
-            vmm_version: None,
-            guest_page_bytes: None,
-            level: 3,
-            lineage: Lineage::default(),
-            diff: false,
-            replaces: None,
-        }
+        let memory = Input { name: "memory".into(), kind: FileKind::Memory, path: memory.into() };
+        Request::new(name.parse().expect("a good name"), vec![memory])
     }
 
     fn pack(&self, name: &str, memory: &[u8]) -> Packed {

@@ -269,16 +269,13 @@ fn request(arguments: &arguments::Pack) -> Result<Request> {
         labels.insert(key.to_owned(), value.to_owned());
     }
     Ok(Request {
-        name: arguments.name.parse()?,
-        inputs,
         labels,
         vmm: arguments.vmm.clone(),
         vmm_version: arguments.vmm_version.clone(),
         guest_page_bytes: arguments.guest_page_size,
         level: arguments.level,
-        lineage: Lineage::default(),
         diff: arguments.diff,
-        replaces: None,
+        ..Request::new(arguments.name.parse()?, inputs)
     })
 }
 

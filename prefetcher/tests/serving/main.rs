@@ -14,7 +14,6 @@ mod handshakes;
 mod pretend;
 mod removal;
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -47,16 +46,11 @@ impl Fixture {
         let runtime = tokio::runtime::Runtime::new().expect("runtime");
         let store = runtime.block_on(Store::init(&url)).expect("store");
         let request = Request {
-            name: "one".parse().expect("name"),
-            inputs: vec![Input { name: "memory".into(), kind: FileKind::Memory, path: memory }],
-            labels: BTreeMap::new(),
-            vmm: None,
-            vmm_version: None,
-            guest_page_bytes: None,
             level: 1,
-            lineage: reap_store::pack::Lineage::default(),
-            diff: false,
-            replaces: None,
+            ..Request::new(
+                "one".parse().expect("name"),
+                vec![Input { name: "memory".into(), kind: FileKind::Memory, path: memory }],
+            )
         };
         let packed = pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(()));
         let packed = packed.expect("packs");

@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const GLANCES: std::ops::Range<Duration> = Duration::from_millis(100)..Duration::from_secs(5);
 /// A condemned list this old belongs to a run that died. If it did not, it finds its list gone and stops.
 const DEAD_RUN: Duration = Duration::from_secs(3600);
-/// GETs and DELETEs in flight.
+/// GETs in flight.
 const PARALLEL: usize = 16;
 /// Without a confirmation, no run takes a larger part of the bytes of all packs than this, in per cent.
 const LARGEST_PART: u64 = 30;
@@ -132,8 +132,7 @@ impl Run<'_> {
             Request::Settle { txns, wait } => Answer::Fates(self.settle(txns, wait).await?),
             Request::OwnCondemned => Answer::There(objects.exists(&self.key()).await?),
             Request::Delete(doomed) => {
-                let deleting = futures::stream::iter(&doomed).map(|key| objects.delete(key));
-                deleting.buffer_unordered(PARALLEL).try_collect::<Vec<()>>().await?;
+                objects.delete_all(&doomed).await?;
                 Answer::Done
             }
             Request::Release => {

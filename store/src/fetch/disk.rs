@@ -8,7 +8,7 @@
 mod segment;
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -79,9 +79,7 @@ impl DiskCache {
         let local = |error| Error::local(directory.display(), error);
         std::fs::create_dir_all(directory).map_err(local)?;
         let lock = File::create(directory.join("lock")).map_err(local)?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
-            |_| Error::refused(directory.display(), "another process uses this cache directory"),
-        )?;
+        lock_for_one(&lock, directory)?;
         let mut index = Index::default();
         for number in segment::numbers(directory).map_err(local)? {
             match segment::load(directory, number) {
@@ -251,6 +249,17 @@ impl Shared {
             rustix::fs::statvfs(&self.directory).map_or(u64::MAX, |at| at.f_bavail * at.f_frsize);
         bytes > self.limits.bytes || free < self.limits.free_floor
     }
+}
+
+/// Locks `file`, which says whose `directory` is: one process's, until it ends.
+pub(crate) fn lock_for_one(file: &File, directory: &Path) -> Result<(), Error> {
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => Error::refused(
+            directory.display(),
+            "another process uses this cache directory: give each its own",
+        ),
+        TryLockError::Error(error) => Error::local(directory.display(), error),
+    })
 }
 
 #[cfg(test)]

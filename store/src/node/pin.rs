@@ -37,9 +37,7 @@ impl Pin {
             (Err(error), _) | (_, Err(error)) => Err(error),
         };
         if opened.is_err() {
-            if self.reader.next() != Some(Request::Unpin) {
-                self.reader.fail();
-            }
+            self.reader.fail();
             if let Err(error) = self.let_go().await {
                 tracing::warn!("pin {}: {error}", self.key);
             }
@@ -95,8 +93,7 @@ impl Pin {
 
 /// Deletes the pins that an earlier process of this node left when it was killed.
 pub(super) async fn clear(store: &Store, node: SnapshotId) -> Result<(), Error> {
-    for object in store.objects().list(&keys::pins(node)).await? {
-        store.objects().delete(&object.key).await?;
-    }
-    Ok(())
+    let left = store.objects().list(&keys::pins(node)).await?;
+    let keys: Vec<_> = left.into_iter().map(|object| object.key).collect();
+    store.objects().delete_all(&keys).await
 }

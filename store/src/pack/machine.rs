@@ -15,7 +15,7 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 const DOUBT: Duration = Duration::from_secs(120);
 
 /// What the packer wants done next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Request {
     /// Write `lease/<txn>`, and keep it renewed. It must be durable before the answer.
     TakeLease,
@@ -86,24 +86,12 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum At {
-    TakeLease,
-    Condemned,
-    Parents,
-    Store,
-    Commit,
-    ReadDecision,
-    Name,
-    EndLease,
-    End,
-}
-
 /// One packing. Where carrying out a request fails, the driver says so with [`Packer::fail`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Packer {
     txn: SnapshotId,
-    at: At,
+    /// Nothing when it is over.
+    next: Option<Request>,
     has_parents: bool,
     has_name: bool,
     condemned: BTreeSet<PackId>,
@@ -119,7 +107,7 @@ impl Packer {
     pub(crate) fn new(txn: SnapshotId, has_parents: bool, has_name: bool) -> Self {
         Self {
             txn,
-            at: At::TakeLease,
+            next: Some(Request::TakeLease),
             has_parents,
             has_name,
             condemned: BTreeSet::new(),
@@ -131,17 +119,7 @@ impl Packer {
 
     /// What to do next; `None` when it is over.
     pub(crate) fn next(&self) -> Option<Request> {
-        Some(match self.at {
-            At::TakeLease => Request::TakeLease,
-            At::Condemned => Request::Condemned,
-            At::Parents => Request::Parents,
-            At::Store => Request::Store,
-            At::Commit => Request::Commit,
-            At::ReadDecision => Request::ReadDecision,
-            At::Name => Request::Name,
-            At::EndLease => Request::EndLease,
-            At::End => return None,
-        })
+        self.next
     }
 
     /// Whether the manifest may refer to a pack of somebody else: committed, not removed and not
@@ -157,73 +135,84 @@ impl Packer {
 
     /// Takes the answer to [`Packer::next`]. An error is a bug of the driver, and nothing was committed.
     pub(crate) fn take(&mut self, answer: Answer) -> Result<(), String> {
-        match (self.at, answer) {
-            (At::TakeLease, Answer::Done) => {
-                self.at = if self.has_parents { At::Condemned } else { At::Store };
+        let Some(asked) = self.next else {
+            return Err(format!("{answer:?} answers nothing: the packing is over"));
+        };
+        match (asked, answer) {
+            (Request::TakeLease, Answer::Done) => {
+                self.go_on(if self.has_parents { Request::Condemned } else { Request::Store });
             }
-            (At::Condemned, Answer::Condemned(packs)) => {
+            (Request::Condemned, Answer::Condemned(packs)) => {
                 self.condemned = packs;
-                self.at = At::Parents;
+                self.go_on(Request::Parents);
             }
-            (At::Parents, Answer::Parents(packs)) => {
+            (Request::Parents, Answer::Parents(packs)) => {
                 self.allowed = packs.difference(&self.condemned).copied().collect();
-                self.at = At::Store;
+                self.go_on(Request::Store);
             }
-            (At::Store, Answer::Stored(packs, at_work)) => {
+            (Request::Store, Answer::Stored(packs, at_work)) => {
                 let foreign = |pack: &&PackId| pack.txn != self.txn && !self.may_refer_to(pack);
                 if let Some(pack) = packs.iter().find(foreign) {
                     return Err(format!("{} refers to {pack}, which it must not", self.txn));
                 }
                 match at_work > LONGEST {
                     true => self.end(Outcome::TooLate),
-                    false => self.at = At::Commit,
+                    false => self.go_on(Request::Commit),
                 }
             }
-            (At::Commit, Answer::Created) => self.commit(),
-            (At::Commit, Answer::Exists | Answer::NotWritten) => self.at = At::ReadDecision,
-            (At::Commit | At::ReadDecision, Answer::Unknown(since)) => {
-                self.in_flight |= self.at == At::Commit;
+            (Request::Commit, Answer::Created) => self.commit(),
+            (Request::Commit, Answer::Exists | Answer::NotWritten) => {
+                self.go_on(Request::ReadDecision);
+            }
+            (Request::Commit | Request::ReadDecision, Answer::Unknown(since)) => {
+                self.in_flight |= asked == Request::Commit;
                 if since > DOUBT {
                     self.end(Outcome::InDoubt);
                 }
             }
-            (At::ReadDecision, Answer::Decision(verdict)) => match verdict {
+            (Request::ReadDecision, Answer::Decision(verdict)) => match verdict {
                 Some(Verdict::Ours) => self.commit(),
                 Some(Verdict::Anothers) => self.end(Outcome::Anothers),
                 Some(Verdict::Aborted) => self.end(Outcome::Aborted),
-                None if self.in_flight => self.at = At::Commit,
+                None if self.in_flight => self.go_on(Request::Commit),
                 None => self.end(Outcome::Failed),
             },
-            (At::Name, Answer::Done) => self.at = At::EndLease,
-            (At::EndLease, Answer::Done) => self.at = At::End,
-            (at, answer) => return Err(format!("{answer:?} answers nothing at {at:?}")),
+            (Request::Name, Answer::Done) => self.go_on(Request::EndLease),
+            (Request::EndLease, Answer::Done) => self.next = None,
+            (asked, answer) => return Err(format!("{answer:?} does not answer {asked:?}")),
         }
         Ok(())
     }
 
     /// Carrying out the request failed for good.
     pub(crate) fn fail(&mut self) {
-        match self.at {
-            At::TakeLease | At::Condemned | At::Parents | At::Store => self.end(Outcome::Failed),
-            At::Commit | At::ReadDecision => self.end(Outcome::InDoubt),
+        match self.next {
+            Some(Request::TakeLease | Request::Condemned | Request::Parents | Request::Store) => {
+                self.end(Outcome::Failed)
+            }
+            Some(Request::Commit | Request::ReadDecision) => self.end(Outcome::InDoubt),
             // It is committed, and stays so.
-            At::Name => self.at = At::EndLease,
-            At::EndLease | At::End => self.at = At::End,
+            Some(Request::Name) => self.go_on(Request::EndLease),
+            Some(Request::EndLease) | None => self.next = None,
         }
+    }
+
+    fn go_on(&mut self, next: Request) {
+        self.next = Some(next);
     }
 
     fn commit(&mut self) {
         self.outcome = Some(Outcome::Committed);
-        self.at = if self.has_name { At::Name } else { At::EndLease };
+        self.go_on(if self.has_name { Request::Name } else { Request::EndLease });
     }
 
     fn end(&mut self, outcome: Outcome) {
         self.outcome = Some(outcome);
-        self.at = match outcome {
+        self.next = match outcome {
             // A commit on its way may refer to what a collector condemns next. With the lease there,
             // collectors settle the transaction first; without it nobody would know of it.
-            Outcome::InDoubt => At::End,
-            _ => At::EndLease,
+            Outcome::InDoubt => None,
+            _ => Some(Request::EndLease),
         };
     }
 }

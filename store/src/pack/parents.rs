@@ -11,7 +11,6 @@ use super::transaction::Transaction;
 use crate::format::frame::FrameEntry;
 use crate::format::keys::PackId;
 use crate::format::record::{Commit, PackRef};
-use crate::store::Store;
 use crate::{Error, ErrorKind, Hash, SnapshotId};
 
 /// Footers that are fetched at the same time.
@@ -58,11 +57,11 @@ pub(super) struct Parents {
 
 impl Parents {
     /// Step 4 of the protocol: the pages of the parents, in packs that may be referred to.
-    pub(super) async fn load(transaction: &Transaction<'_>, store: &Store) -> Result<Self, Error> {
-        let (index, commits) = (transaction.index(), transaction.parents());
+    pub(super) async fn load(transaction: &Transaction<'_>) -> Result<Self, Error> {
         let mut parents = Self::default();
-        parents.load_packs(store, transaction).await?;
-        for commit in commits {
+        let Some(index) = transaction.index() else { return Ok(parents) };
+        parents.load_packs(transaction, index).await?;
+        for commit in transaction.parents() {
             parents.add(index, commit);
         }
         index.prune();
@@ -71,10 +70,10 @@ impl Parents {
 
     async fn load_packs(
         &mut self,
-        store: &Store,
         transaction: &Transaction<'_>,
+        index: &Index,
     ) -> Result<(), Error> {
-        let index = transaction.index();
+        let store = transaction.store();
         let mut seen = HashSet::new();
         let wanted: Vec<PackRef> = transaction
             .parents()

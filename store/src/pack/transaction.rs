@@ -26,12 +26,12 @@ pub(super) struct Transaction<'a> {
     store: &'a Store,
     request: &'a Request,
     began: Instant,
-    index: Index,
+    /// Where there are parents.
+    index: Option<Index>,
     lease: Option<Lease>,
     parents: Vec<Commit>,
     written: Option<Written>,
     in_doubt_since: Option<Instant>,
-    sequence: Option<u64>,
     failure: Option<Error>,
 }
 
@@ -54,12 +54,11 @@ impl<'a> Transaction<'a> {
             store,
             request,
             began: Instant::now(),
-            index: Index::open(store.id(), lineage.index.as_deref())?,
+            index: None,
             lease: None,
             parents: Vec::new(),
             written: None,
             in_doubt_since: None,
-            sequence: None,
             failure: None,
         })
     }
@@ -74,8 +73,17 @@ impl<'a> Transaction<'a> {
         self.packer.next()
     }
 
-    pub(super) fn index(&self) -> &Index {
-        &self.index
+    pub(super) fn store(&self) -> &'a Store {
+        self.store
+    }
+
+    pub(super) fn request(&self) -> &'a Request {
+        self.request
+    }
+
+    /// What this node remembers; `None` where there are no parents.
+    pub(super) fn index(&self) -> Option<&Index> {
+        self.index.as_ref()
     }
 
     /// Commit records of the parents, in the order in which they are asked for a page.
@@ -127,7 +135,9 @@ impl<'a> Transaction<'a> {
     }
 
     async fn choose_parents(&mut self) -> Result<Answer, Error> {
-        self.parents = lineage::choose(self.store, self.request, &self.index).await?;
+        let index = Index::open(self.store.id(), self.request.lineage.index.as_deref())?;
+        self.parents = lineage::choose(self.store, self.request, &index).await?;
+        self.index = Some(index);
         let packs = self.parents.iter().flat_map(|commit| &commit.packs);
         Ok(Answer::Parents(packs.map(|pack| pack.pack).collect()))
     }
@@ -219,7 +229,10 @@ impl<'a> Transaction<'a> {
     async fn name(&mut self) -> Result<Answer, Error> {
         // What was in doubt on the way here is decided.
         self.failure = None;
-        self.sequence = Some(self.store.tag(&self.request.name, self.id).await?);
+        let sequence = self.store.tag(&self.request.name, self.id).await?;
+        if let Some(written) = &mut self.written {
+            written.packed.sequence = Some(sequence);
+        }
         Ok(Answer::Done)
     }
 
@@ -235,23 +248,32 @@ impl<'a> Transaction<'a> {
 
     /// What came of it all; there is no next step.
     pub(super) fn end(self) -> Result<Packed, Error> {
-        let failure = |text: &str| Error::refused(self.id, text);
-        match (self.packer.outcome(), self.written) {
-            (Some(Outcome::Committed), Some(written)) => match self.failure {
-                Some(error) if self.sequence.is_none() && self.request.replaces.is_none() => {
-                    let text =
-                        format!("is packed as {}, but has not got its name: {error}", self.id);
-                    Err(Error::new(error.kind(), &self.request.name, text))
+        let refused = |text: &str| Error::refused(self.id, text);
+        let failure = self.failure.unwrap_or_else(|| refused("was not committed"));
+        Err(match (self.packer.outcome(), self.written) {
+            (Some(Outcome::Committed), Some(Written { packed, .. })) => {
+                if packed.sequence.is_some() || self.request.replaces.is_some() {
+                    return Ok(packed);
                 }
-                _ => Ok(Packed { sequence: self.sequence, ..written.packed }),
-            },
-            (Some(Outcome::TooLate), _) => {
-                Err(failure("packing took over 24 hours: start it again"))
+                let text = format!(
+                    "is packed as {id}, but has not got its name ('reap-pack tag {id} {name}' gives it): {failure}",
+                    id = self.id,
+                    name = self.request.name
+                );
+                Error::new(failure.kind(), &self.request.name, text)
             }
+            (Some(Outcome::TooLate), _) => refused("packing took over 24 hours: start it again"),
             (Some(Outcome::Anothers), _) => {
-                Err(Error::exists(keys::snap(self.id), "was written by somebody else"))
+                Error::exists(keys::snap(self.id), "was written by somebody else")
             }
-            _ => Err(self.failure.unwrap_or_else(|| failure("was not committed"))),
-        }
+            (Some(Outcome::InDoubt), _) => {
+                let text = format!(
+                    "may be committed or not; 'reap-pack show {}' tells when the store answers: {failure}",
+                    self.id
+                );
+                Error::new(failure.kind(), &self.request.name, text)
+            }
+            _ => failure,
+        })
     }
 }

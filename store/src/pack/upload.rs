@@ -45,6 +45,16 @@ impl OpenPack {
         Self { id, chunks: vec![header.into()], bytes, hasher, footer: Footer::default() }
     }
 
+    /// Appends a frame; answers with its place.
+    fn append(&mut self, entry: FrameEntry, stored: Bytes, page_ids: &[Hash]) -> PackedFrame {
+        debug_assert_eq!(entry.decoded_bytes(), page_ids.len() * PAGE_SIZE);
+        let entry = FrameEntry { offset: self.bytes, ..entry };
+        self.push(stored);
+        self.footer.frames.push(entry);
+        self.footer.page_ids.extend_from_slice(page_ids);
+        PackedFrame { pack: self.id.number, entry }
+    }
+
     /// Adds footer and trailer.
     fn seal(&mut self) -> PackRef {
         self.push(pack::footer_and_trailer(self.id, &self.footer, self.bytes).into());
@@ -68,12 +78,8 @@ pub(super) fn small_pack(
     let encoded = crate::format::frame::encode(page, 1);
     let (entry, stored) = encoded.map_err(|error| Error::local("compressing", error))?;
     let mut pack = OpenPack::new(id);
-    let entry = FrameEntry { offset: pack.bytes, ..entry };
-    pack.push(stored);
-    pack.footer.frames.push(entry);
-    pack.footer.page_ids.push(Hash::of(page));
-    let reference = pack.seal();
-    Ok((reference, PackedFrame { pack: 0, entry }, pack.chunks))
+    let frame = pack.append(entry, stored, &[Hash::of(page)]);
+    Ok((pack.seal(), frame, pack.chunks))
 }
 
 impl<'a> PackWriter<'a> {
@@ -89,16 +95,11 @@ impl<'a> PackWriter<'a> {
         stored: Bytes,
         page_ids: &[Hash],
     ) -> Result<PackedFrame, Error> {
-        debug_assert_eq!(entry.decoded_bytes(), page_ids.len() * PAGE_SIZE);
-        let pack = self.open.id.number;
-        let entry = FrameEntry { offset: self.open.bytes, ..entry };
-        self.open.push(stored);
-        self.open.footer.frames.push(entry);
-        self.open.footer.page_ids.extend_from_slice(page_ids);
+        let packed = self.open.append(entry, stored, page_ids);
         if self.open.bytes >= PACK_BYTES || self.open.footer.page_ids.len() >= PACK_PAGES {
             self.close_pack()?;
         }
-        Ok(PackedFrame { pack, entry })
+        Ok(packed)
     }
 
     /// Uploads what is left; answers with all packs.

@@ -1,6 +1,6 @@
 //! Who works with the bucket, each as a process that may be killed or stopped.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,16 +134,8 @@ impl World {
     async fn pack(&self, store: &Store) {
         let parents = (0..self.bucket.below(3)).filter_map(|_| self.choose()).collect();
         let request = Request {
-            name: "f".parse().expect("a name"),
-            inputs: Vec::new(),
-            labels: BTreeMap::new(),
-            vmm: None,
-            vmm_version: None,
-            guest_page_bytes: None,
-            level: 1,
             lineage: Lineage { parents, ..Lineage::default() },
-            diff: false,
-            replaces: None,
+            ..Request::new("f".parse().expect("a name"), Vec::new())
         };
         let mut content = [0; PAGE_SIZE];
         content[..16].copy_from_slice(SnapshotId::random().as_bytes());

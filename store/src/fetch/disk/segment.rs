@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::SnapshotId;
 use crate::fetch::{FrameKey, ObjectId};
 use crate::format::frame::MAX_FRAME_PAGES;
-use crate::format::keys::PackId;
+use crate::format::keys::{self, PackId};
 use crate::format::{Reader, Writer};
 use crate::id::Hash;
 
@@ -17,8 +17,6 @@ pub(super) const RECORD_BYTES: u64 = 48;
 const MAGIC: u32 = 0x5346_5231;
 /// Most stored bytes of a frame, pages of 4096 bytes that are raw: readers allocate what a record says.
 const MAX_STORED_BYTES: u32 = MAX_FRAME_PAGES as u32 * 4096;
-/// Segments are named by 12 digits; there is always one more number than those taken up.
-const MAX_NUMBER: u64 = 999_999_999_998;
 /// Longest list that is read: a million records.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 
@@ -114,11 +112,10 @@ pub(super) fn numbers(directory: &Path) -> std::io::Result<Vec<u64>> {
     Ok(numbers)
 }
 
-/// The number of a segment by its file's name; a name that is not ours is no segment.
+/// The number of a segment by its file's name; a name that is not ours is no segment. There is always
+/// one more number than those taken up.
 fn number_of(name: &str) -> Option<u64> {
-    let digits = name.strip_suffix(".seg")?;
-    let ours = digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_digit());
-    ours.then(|| digits.parse().ok()).flatten().filter(|number| *number <= MAX_NUMBER)
+    keys::sequence_of(name.strip_suffix(".seg")?).filter(|number| *number < keys::MAX_SEQUENCE)
 }
 
 /// Opens a segment of an earlier process.
