@@ -1,12 +1,11 @@
 //! Collection: deletes what no snapshot needs, while packers pack and readers read.
 //!
-//! [`machine`] decides and does no I/O; `run.rs` carries out what it asks for; `probe.rs` finds out whether
+//! [`machine`] decides and does no I/O; `run.rs` carries out what it asks for; `crate::probe` finds out whether
 //! the store can be trusted with it. The protocol is in `docs/FORMAT.md`.
 
 mod machine;
 #[cfg(test)]
 mod model;
-mod probe;
 mod run;
 
 use std::time::Duration;

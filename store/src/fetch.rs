@@ -7,6 +7,7 @@
 //! is called there.
 
 pub(crate) mod disk;
+mod hedge;
 mod memory;
 mod ranges;
 mod read;
@@ -18,6 +19,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use crate::format::frame::{self, FrameEntry};
@@ -26,14 +28,12 @@ use crate::objects::Objects;
 use crate::workers::Workers;
 use crate::{Error, Frame, SnapshotId, Urgency};
 use disk::DiskCache;
+use hedge::Hedging;
 use memory::MemoryCache;
 use ranges::{RangeRead, Shape};
 
 /// Demand requests in flight to a remote store. A bound, not a target: faults are few.
 const DEMAND_REQUESTS: usize = 64;
-/// Prefetch requests in flight to a remote store: enough to fill 10 Gbit/s at the 90 MB/s that one
-/// S3 connection gives.
-const PREFETCH_REQUESTS: usize = 16;
 /// How often bytes that fail verification are asked for: the first time, and once more.
 const READS_OF_DAMAGED: u32 = 2;
 
@@ -76,7 +76,7 @@ impl FrameSpec {
 pub(crate) type Done = Arc<dyn Fn(usize, Result<Frame, Error>) + Send + Sync>;
 
 /// What the fetch path has done since the process started.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct FetchCounters {
     /// Requests for ranges, to the store.
     pub store_reads: AtomicU64,
@@ -90,6 +90,12 @@ pub struct FetchCounters {
     pub decoded_frames: AtomicU64,
     /// Requests tried again.
     pub retries: AtomicU64,
+    /// Demand requests that were late and made a second time (also counted as requests).
+    pub hedged_reads: AtomicU64,
+    /// Second requests that were answered first.
+    pub hedges_won: AtomicU64,
+    /// Demand requests that were late, and were not made a second time to spare the store.
+    pub hedges_withheld: AtomicU64,
     /// Frames that failed verification.
     pub damaged_frames: AtomicU64,
 }
@@ -107,7 +113,7 @@ struct Shared {
     flights: Mutex<HashMap<FrameKey, Flight>>,
     open_packs: Mutex<lru::LruCache<ObjectId, Arc<std::fs::File>>>,
     demand_permits: Semaphore,
-    prefetch_permits: Semaphore,
+    hedging: Mutex<Hedging>,
     next_read: AtomicU64,
     counters: FetchCounters,
 }
@@ -140,7 +146,7 @@ impl Fetcher {
             flights: Mutex::default(),
             open_packs: Mutex::new(lru::LruCache::new(open_packs)),
             demand_permits: Semaphore::new(DEMAND_REQUESTS),
-            prefetch_permits: Semaphore::new(PREFETCH_REQUESTS),
+            hedging: Mutex::new(Hedging::new()),
             next_read: AtomicU64::new(0),
             counters: FetchCounters::default(),
         }))

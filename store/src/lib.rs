@@ -22,6 +22,7 @@ pub mod id;
 pub mod node;
 pub mod objects;
 pub mod pack;
+mod probe;
 mod reader;
 pub mod repack;
 mod rewrite;

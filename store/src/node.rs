@@ -15,6 +15,7 @@ use tokio::runtime::Runtime;
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
 use crate::fetch::{FetchCounters, Fetcher};
 use crate::format::keys;
+use crate::objects::Connection;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
 use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
@@ -163,6 +164,11 @@ impl Node {
     /// What the fetch path has done.
     pub fn counters(&self) -> &FetchCounters {
         self.0.fetcher.counters()
+    }
+
+    /// How the store is reached, and how it bears it.
+    pub fn connection(&self) -> Connection {
+        self.0.store.objects().connection()
     }
 
     /// Bytes of decoded frames in memory, and of the disk cache.

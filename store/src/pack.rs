@@ -28,6 +28,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use crate::format::manifest::{self, Facts, MAX_FILES};
 use crate::format::record::{PackRef, Statistics};
 use crate::id::check_name;
+use crate::probe::probe_quickly;
 use crate::store::Store;
 use crate::workers::Workers;
 use crate::{Error, FileKind, Name, Node, NodeConfig, Snapshot, SnapshotId, Urgency};
@@ -176,6 +177,9 @@ pub(crate) fn pack_sources(
     sources: &[SourceFile],
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Packed, Error> {
+    if store.objects().local_root().is_none() {
+        runtime.block_on(probe_quickly(store.objects()))?;
+    }
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let workers = Workers::new(threads).map_err(|error| Error::local("starting threads", error))?;
     let mut transaction = Transaction::new(store, request)?;

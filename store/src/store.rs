@@ -13,7 +13,7 @@ use crate::format::record::{
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun, probe};
 
 /// Records that are read at the same time when many are.
 const PARALLEL_READS: usize = 32;
@@ -62,6 +62,9 @@ impl Store {
         if stray || objects.any().await? {
             return Err(Error::refused(url, "is not empty: choose an empty place for a new store"));
         }
+        if objects.local_root().is_none() {
+            probe::probe(&objects).await?;
+        }
         let record = StoreRecord {
             version: VERSION,
             store: SnapshotId::random(),
@@ -97,6 +100,12 @@ impl Store {
             return Err(Error::refused(url, text));
         }
         Ok(Self { objects, record })
+    }
+
+    /// An error of kind [`ErrorKind::Refused`] if the store does not keep create-only, on which packing and collection
+    /// are built. Writes and deletes some small objects.
+    pub async fn probe(&self) -> Result<(), Error> {
+        probe::probe(&self.objects).await
     }
 
     /// The store's random id.
@@ -286,7 +295,7 @@ impl Store {
         let key = keys::working_set(snapshot.id(), listed.sequence);
         let damaged = |why: crate::format::Malformed| Error::damaged(&key, why);
         let first = listed.stored_bytes.min(FIRST_READ_BYTES);
-        let mut bytes = self.objects.get_range(&key, 0..first, false).await?;
+        let mut bytes = self.objects.get_range(&key, 0..first).await?;
         if bytes.len() < PRELUDE_BYTES {
             return Err(Error::damaged(&key, "is truncated"));
         }
@@ -295,7 +304,7 @@ impl Store {
             return Err(Error::damaged(&key, "is truncated"));
         }
         if end > bytes.len() as u64 {
-            bytes = self.objects.get_range(&key, 0..end, false).await?;
+            bytes = self.objects.get_range(&key, 0..end).await?;
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
         let header = working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)?;

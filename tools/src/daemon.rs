@@ -32,8 +32,10 @@ fn dispatch(arguments: &Arguments) -> Result<()> {
         Command::Status { daemon } => {
             let snapshots = ask(&daemon.run_dir, Method::GET, "/snapshots", None)?;
             let restores = ask(&daemon.run_dir, Method::GET, "/restores", None)?;
-            let text = status_lines(&snapshots, &restores);
-            print(arguments.json, &json!({ "snapshots": snapshots, "restores": restores }), &text)
+            let store = ask(&daemon.run_dir, Method::GET, "/store", None)?;
+            let text = status_lines(&snapshots, &restores) + &store_line(&store);
+            let all = json!({ "snapshots": snapshots, "restores": restores, "store": store });
+            print(arguments.json, &all, &text)
         }
         Command::Release { daemon, name } => {
             let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), None)?;
@@ -125,4 +127,19 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
         ));
     }
     lines
+}
+
+fn store_line(store: &Value) -> String {
+    let (connection, fetch) = (&store["connection"], &store["fetch"]);
+    let text = |at: &Value| at.as_str().unwrap_or_default().to_owned();
+    format!(
+        "store {}: {} reads, {} bytes, {} retries, {} late reads asked twice, {} answers to slow down, credentials: {}\n",
+        text(&connection["url"]),
+        fetch["store_reads"],
+        fetch["store_bytes"],
+        fetch["retries"],
+        fetch["hedged_reads"],
+        connection["throttled_answers"],
+        text(&connection["credentials"]),
+    )
 }

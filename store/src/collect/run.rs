@@ -7,11 +7,11 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::time::Instant;
 
 use super::machine::{Answer, Collector, Fate, Request};
-use super::{Collected, GarbageObject, Options, probe};
+use super::{Collected, GarbageObject, Options};
 use crate::format::keys;
 use crate::format::record::{self, Abort, CollectionReport, Condemned, Decision};
 use crate::store::{Store, read_record};
-use crate::{Error, ErrorKind, SnapshotId};
+use crate::{Error, ErrorKind, SnapshotId, probe};
 
 /// How long a packer at work is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);

@@ -1,23 +1,30 @@
 //! Carrying out reads: locally on the decode threads, remotely on the I/O runtime.
 
 use std::os::unix::fs::FileExt;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::future::{Either, select};
+use tokio::sync::SemaphorePermit;
 
 use super::ranges::RangeRead;
 use super::{Fetcher, FrameSpec, ObjectId};
 use crate::collect;
-use crate::objects::Objects;
+use crate::objects::Pass;
 use crate::{Error, ErrorKind, Urgency};
 
 /// How long a store that does not answer is asked again. Longer than any restart of a store
 /// should take, shorter than an operator's patience: a guest disk that gets EIO stays read-only.
 const STORE_DEADLINE: Duration = Duration::from_secs(60);
-/// Waits between tries grow from the first to the second; a store that is back is noticed within 2 s.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Waits between tries grow from the first to the second. With the 2 s after which a try without an answer is given
+/// up, a store that is back is noticed within 3 s.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// A request's place among those in flight, given back on drop.
+type Place<'a> = Either<Option<SemaphorePermit<'a>>, Pass<'a>>;
 
 impl Fetcher {
     /// Starts a read. Never waits.
@@ -79,38 +86,112 @@ impl Fetcher {
     }
 
     async fn read_remote(&self, mut read: RangeRead) {
-        let permits = match read.urgency {
-            Urgency::Demand => &self.0.demand_permits,
-            Urgency::Prefetch => &self.0.prefetch_permits,
-        };
-        // The semaphores are never closed.
-        let permit = permits.acquire().await;
+        // Not claimed while it waits for its place: demand may take its frames over until then.
+        let place = self.place(read.urgency).await;
         if !self.claim(&mut read) {
             return;
         }
-        let bytes = self.request(&self.0.objects, &read).await;
-        drop(permit);
+        let bytes = self.request(&read, place).await;
         self.arrived(read, bytes, false);
     }
 
-    async fn request(&self, objects: &Objects, read: &RangeRead) -> Result<Bytes, Error> {
-        let (key, range) = (read.object().key(), read.range());
-        let patient = read.urgency == Urgency::Prefetch;
-        let mut wait = BACKOFF.0;
+    /// Waits until one more request may be in flight.
+    async fn place(&self, urgency: Urgency) -> Place<'_> {
+        match urgency {
+            // The semaphore is never closed.
+            Urgency::Demand => Either::Left(self.0.demand_permits.acquire().await.ok()),
+            Urgency::Prefetch => Either::Right(self.0.objects.prefetch_pass().await),
+        }
+    }
+
+    /// All retries of ranges are here.
+    async fn request(&self, read: &RangeRead, place: Place<'_>) -> Result<Bytes, Error> {
+        let since = match read.urgency {
+            Urgency::Demand => read.since,
+            // Nobody counts the time for which it had no turn.
+            Urgency::Prefetch => Instant::now(),
+        };
+        let (mut wait, mut place) = (BACKOFF.0, Some(place));
         loop {
-            self.count_store_read(range.end - range.start);
-            let error = match objects.get_range(&key, range.clone(), patient).await {
+            let tried = match read.urgency {
+                Urgency::Demand => self.try_demand(read).await,
+                Urgency::Prefetch => self.try_range(read).await,
+            };
+            let error = match tried {
                 Ok(bytes) => return Ok(bytes),
                 Err(error) => error,
             };
-            let late = Instant::now() + wait > read.since + STORE_DEADLINE;
-            if error.kind() != ErrorKind::Unreachable || late {
+            if error.kind() != ErrorKind::Unreachable {
                 return Err(error);
             }
+            if Instant::now() + wait > since + STORE_DEADLINE {
+                let after = since.elapsed().as_secs();
+                let text = format!("given up after {after} s: {}", error.message());
+                return Err(Error::unreachable(error.object(), text));
+            }
             self.0.counters.retries.fetch_add(1, Ordering::Relaxed);
-            tokio::time::sleep(wait).await;
+            // What waits is not in flight, and a store that complained may take fewer by then. Not in
+            // step with the other requests that failed for the same reason.
+            drop(place.take());
+            tokio::time::sleep(wait.mul_f64(rand::random_range(0.5..1.0))).await;
+            place = Some(self.place(read.urgency).await);
             wait = (wait * 2).min(BACKOFF.1);
         }
+    }
+
+    async fn try_range(&self, read: &RangeRead) -> Result<Bytes, Error> {
+        let range = read.range();
+        self.count_store_read(range.end - range.start);
+        self.0.objects.try_range(&read.object().key(), range, read.urgency).await
+    }
+
+    /// One try, with a second request for the same range if the first is late. The first good answer
+    /// counts, the other request is dropped.
+    async fn try_demand(&self, read: &RangeRead) -> Result<Bytes, Error> {
+        let began = Instant::now();
+        let delay = self.0.hedging.lock().begin();
+        let mut first = pin!(self.try_range(read));
+        let tried = match tokio::time::timeout(delay, &mut first).await {
+            Ok(tried) => tried,
+            Err(_late) => match self.may_hedge() {
+                Some(_permit) => self.race(first, pin!(self.try_range(read))).await,
+                None => first.await,
+            },
+        };
+        if tried.is_ok() {
+            self.0.hedging.lock().answered(began.elapsed());
+        }
+        tried
+    }
+
+    /// A place for a second request, if there is one and the store is to bear it.
+    fn may_hedge(&self) -> Option<SemaphorePermit<'_>> {
+        let permit = self.0.demand_permits.try_acquire().ok();
+        let permit = permit.filter(|_| self.0.hedging.lock().spend());
+        let counters = &self.0.counters;
+        let count =
+            if permit.is_some() { &counters.hedged_reads } else { &counters.hedges_withheld };
+        count.fetch_add(1, Ordering::Relaxed);
+        permit
+    }
+
+    async fn race<R>(&self, first: Pin<&mut R>, second: Pin<&mut R>) -> Result<Bytes, Error>
+    where
+        R: Future<Output = Result<Bytes, Error>>,
+    {
+        match select(first, second).await {
+            Either::Left((Ok(bytes), _)) => Ok(bytes),
+            Either::Left((Err(_), second)) => second.await.inspect(|_| self.count_won()),
+            Either::Right((Ok(bytes), _)) => {
+                self.count_won();
+                Ok(bytes)
+            }
+            Either::Right((Err(_), first)) => first.await,
+        }
+    }
+
+    fn count_won(&self) {
+        self.0.counters.hedges_won.fetch_add(1, Ordering::Relaxed);
     }
 
     fn count_store_read(&self, bytes: u64) {

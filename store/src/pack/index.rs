@@ -203,7 +203,7 @@ async fn fetch_footer(store: &Store, pack: &PackRef) -> Result<Vec<u8>, Error> {
     let damaged = |why: Malformed| Error::damaged(&key, why);
     let length = pack.bytes;
     let begin = length.saturating_sub(FIRST_READ_BYTES);
-    let end = store.objects().get_range(&key, begin..length, true).await?;
+    let end = store.objects().get_range(&key, begin..length).await?;
     let trailer =
         end.len().checked_sub(pack::TRAILER_BYTES).ok_or_else(|| damaged("is short".into()))?;
     let footer = pack::footer_range(&end[trailer..], length).map_err(damaged)?;
@@ -211,7 +211,7 @@ async fn fetch_footer(store: &Store, pack: &PackRef) -> Result<Vec<u8>, Error> {
         let skipped = usize::try_from(footer.start - begin).unwrap_or(usize::MAX);
         return Ok(end.get(skipped..).unwrap_or_default().to_vec());
     }
-    Ok(store.objects().get_range(&key, footer.start..length, true).await?.to_vec())
+    Ok(store.objects().get_range(&key, footer.start..length).await?.to_vec())
 }
 
 #[cfg(test)]

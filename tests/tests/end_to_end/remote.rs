@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use reap_tests::servers::Moto;
+use reap_tests::servers::{Azurite, Moto, run_body};
 use reap_tests::worker::{Worker, reap_pack, reap_pack_json};
 use rustix::process::{Pid, Signal};
 
@@ -17,15 +16,10 @@ const SERVER: &str = "REAP_TEST_S3_SERVER";
 /// Runs the body in a process whose environment names the server, as a user's does.
 fn with_server(body: &str) -> Result<()> {
     let server = Moto::start()?;
-    let output = Command::new(std::env::current_exe()?)
-        .args(["--exact", &format!("remote::{body}"), "--nocapture"])
-        .env(STORE, server.url("fleet/one"))
-        .env(SERVER, server.process_id().to_string())
-        .envs(server.environment())
-        .output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
-    Ok(())
+    let mut environment = server.environment();
+    environment.push((STORE, server.url("fleet/one")));
+    environment.push((SERVER, server.process_id().to_string()));
+    run_body(&format!("remote::{body}"), &environment).map(|_| ())
 }
 
 #[test]
@@ -34,11 +28,20 @@ fn a_snapshot_goes_through_s3_and_is_collected() -> Result<()> {
 }
 
 #[test]
+fn a_snapshot_goes_through_azure_and_is_collected() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let server = Azurite::start(directory.path())?;
+    let mut environment = server.environment();
+    environment.push((STORE, server.url("fleet/one")));
+    run_body("remote::through_s3", &environment).map(|_| ())
+}
+
+#[test]
 fn what_is_cached_is_served_while_s3_is_away() -> Result<()> {
     with_server("s3_away")
 }
 
-/// Not a test of its own: the body of the one above.
+/// Not a test of its own: the body of those over S3 and Azure.
 #[test]
 fn through_s3() -> Result<()> {
     let Ok(url) = std::env::var(STORE) else { return Ok(()) };

@@ -22,6 +22,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/snapshots", get(list))
         .route("/snapshots/{name}", put(prepare).delete(release))
         .route("/restores", get(restores))
+        .route("/store", get(store))
         .route("/restores/{id}/settle", put(settle))
         .fallback(|| async {
             Failure(Error::not_found("the path", "there is no such route")).into_response()
@@ -73,6 +74,10 @@ async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
 
 async fn restores(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
     Json(json!(daemon.restores()))
+}
+
+async fn store(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(daemon.store())
 }
 
 async fn prepare(

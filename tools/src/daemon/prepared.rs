@@ -10,6 +10,7 @@ use reap_prefetcher::{Mode, RestoreReport, Server};
 use reap_store::pack::{differences, host_facts};
 use reap_store::{Error, FileKind, Name, Node, Snapshot, SnapshotId, Touch, WorkingSet};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 /// How restores of a prepared snapshot are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -167,6 +168,11 @@ impl Daemon {
 
     pub(super) fn restores(&self) -> Vec<RestoreReport> {
         self.server.restores()
+    }
+
+    /// How the store is reached, and what was asked of it since the daemon started.
+    pub(super) fn store(&self) -> Value {
+        json!({ "connection": self.node.connection(), "fetch": self.node.counters() })
     }
 
     fn describe(&self, prepared: &Prepared) -> Description {

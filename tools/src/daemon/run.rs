@@ -15,6 +15,8 @@ use super::arguments::Run;
 use super::prepared::{Daemon, PrepareMode};
 use crate::output::size;
 
+/// How long `ready` waits to hear what the store cannot do.
+const PROBE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long users of the mount may go on after SIGTERM.
 const MOUNT_GRACE: Duration = Duration::from_secs(2);
 
@@ -61,6 +63,20 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
     served
+}
+
+/// Says what the store cannot do. Reading needs none of it.
+async fn probe_store(node: &Node) {
+    if node.store().objects().local_root().is_some() {
+        return;
+    }
+    match tokio::time::timeout(PROBE_DEADLINE, node.store().probe()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!("{error}; snapshots that are there are served all the same");
+        }
+        Err(_) => tracing::warn!("it is not known whether the store keeps create-only: no answer"),
+    }
 }
 
 fn start_log() {
@@ -142,9 +158,14 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     std::fs::set_permissions(&api, private)?;
     let ready = async {
-        for name in names {
-            daemon.prepare(name, PrepareMode::Auto).await?;
-        }
+        let prepare = async {
+            for name in names {
+                daemon.prepare(name, PrepareMode::Auto).await?;
+            }
+            Ok::<_, Error>(())
+        };
+        let (prepared, ()) = tokio::join!(prepare, probe_store(&daemon.node));
+        prepared?;
         std::fs::write(run_dir.path.join("ready"), format!("{}\n", std::process::id()))?;
         tracing::info!("ready");
         Ok::<_, anyhow::Error>(())
