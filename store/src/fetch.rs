@@ -25,6 +25,7 @@ use crate::format::keys::{self, PackId};
 use crate::objects::Objects;
 use crate::workers::Workers;
 use crate::{Error, Frame, SnapshotId, Urgency};
+pub use disk::CacheStatus;
 use disk::DiskCache;
 use memory::MemoryCache;
 use ranges::{RangeRead, Shape};
@@ -76,7 +77,7 @@ impl FrameSpec {
 pub(crate) type Done = Arc<dyn Fn(usize, Result<Frame, Error>) + Send + Sync>;
 
 /// What the fetch path has done since the process started.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize)]
 pub struct FetchCounters {
     /// Requests for ranges, to the store.
     pub store_reads: AtomicU64,
@@ -182,6 +183,11 @@ impl Fetcher {
         self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
     }
 
+    /// The same, for the sake of the disk cache: also what is decoded in memory already.
+    pub(crate) fn fill(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
+        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::ToDisk, done);
+    }
+
     fn fetch_shaped(
         &self,
         wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
@@ -195,7 +201,9 @@ impl Fetcher {
         for (spec, tag) in wanted {
             // Looked up under the flights' lock: `complete` fills memory before it ends a flight,
             // so a frame is always found in one of the two.
-            if let Some(frame) = self.cached(&spec.key()) {
+            if shape != Shape::ToDisk
+                && let Some(frame) = self.cached(&spec.key())
+            {
                 here.push((tag, frame));
                 continue;
             }
@@ -236,14 +244,14 @@ impl Fetcher {
         shape: Shape,
         flights: &mut HashMap<FrameKey, Flight>,
     ) -> Vec<RangeRead> {
-        let is_cached =
-            |spec: &FrameSpec| self.0.disk.as_ref().is_some_and(|disk| disk.contains(&spec.key()));
-        let (on_disk, in_store): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_cached);
+        let (on_disk, in_store) = match &self.0.disk {
+            Some(disk) => disk.plan(missing),
+            None => (Vec::new(), missing),
+        };
+        let in_store = ranges::merge(in_store, shape);
         let mut reads = Vec::new();
-        // Frames lie apart in the cache: each is a read of its own there.
-        for (specs, from_cache, shape) in [(on_disk, true, Shape::Alone), (in_store, false, shape)]
-        {
-            for group in ranges::merge(specs, shape) {
+        for (groups, from_cache) in [(on_disk, true), (in_store, false)] {
+            for group in groups {
                 let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
                 for spec in &group {
                     if let Some(flight) = flights.get_mut(&spec.key()) {
@@ -324,3 +332,6 @@ impl Drop for AbandonedFlight<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

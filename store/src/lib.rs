@@ -19,6 +19,7 @@ pub mod export;
 mod fetch;
 pub mod format;
 pub mod id;
+pub mod keep;
 pub mod node;
 pub mod objects;
 pub mod pack;
@@ -35,8 +36,9 @@ mod workers;
 pub mod working_set;
 
 pub use error::{Error, ErrorKind};
-pub use fetch::FetchCounters;
+pub use fetch::{CacheStatus, FetchCounters};
 pub use id::{Hash, Name, SnapshotId};
+pub use keep::{Filled, Kept};
 pub use node::{Node, NodeConfig};
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;

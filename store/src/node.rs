@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
-use crate::fetch::{FetchCounters, Fetcher};
+use crate::fetch::{CacheStatus, FetchCounters, Fetcher};
 use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
@@ -165,9 +165,14 @@ impl Node {
         self.0.fetcher.counters()
     }
 
-    /// Bytes of decoded frames in memory, and of the disk cache.
-    pub fn cached_bytes(&self) -> (u64, u64) {
-        (self.0.fetcher.memory_bytes(), self.0.fetcher.disk().map_or(0, DiskCache::bytes))
+    /// Bytes of decoded frames in memory.
+    pub fn memory_cache_bytes(&self) -> u64 {
+        self.0.fetcher.memory_bytes()
+    }
+
+    /// What the disk cache holds; `None` where there is none.
+    pub fn cache_status(&self) -> Option<CacheStatus> {
+        self.0.fetcher.disk().map(DiskCache::status)
     }
 
     /// The snapshot `id` if it is open on this node already. Never waits.
@@ -341,7 +346,7 @@ impl Drop for Inner {
 fn open_cache(directory: &Path, config: &NodeConfig) -> Result<DiskCache, Error> {
     let limits =
         Limits { bytes: config.disk_cache_bytes, free_floor: config.disk_free_floor_bytes };
-    DiskCache::open(&directory.join("frames"), limits)
+    DiskCache::open(directory, limits)
 }
 
 /// The random id of the node that uses this directory, made at first use, and the file that holds it,

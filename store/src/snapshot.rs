@@ -255,6 +255,11 @@ impl Snapshot {
         indices.map(|index| (self.frames[index], index))
     }
 
+    /// What the fetch path needs of every frame.
+    pub(crate) fn all_specs(&self) -> &[FrameSpec] {
+        &self.frames
+    }
+
     /// Where a frame is packed.
     pub(crate) fn packed_frame(&self, frame: FrameIndex) -> Option<(PackId, FrameEntry)> {
         let spec = self.frames.get(frame.0 as usize)?;

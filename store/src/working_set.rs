@@ -116,6 +116,12 @@ impl WorkingSet {
         &self.snapshot
     }
 
+    /// What the fetch path needs of each frame.
+    pub(crate) fn specs(&self) -> impl Iterator<Item = FrameSpec> {
+        let object = ObjectId::WorkingSet(self.snapshot.id(), self.sequence);
+        self.header.frames.iter().map(move |frame| FrameSpec { object, entry: frame.entry })
+    }
+
     /// Streams all frames, first touch first, in bounded memory: `done` is called once for each
     /// frame number on a decode thread (or at once, where it is in memory). An error for a frame
     /// costs speed only: its pages are served on demand.
@@ -124,10 +130,7 @@ impl WorkingSet {
         urgency: Urgency,
         done: impl Fn(usize, Result<Frame, Error>) + Send + Sync + 'static,
     ) {
-        let object = ObjectId::WorkingSet(self.snapshot.id(), self.sequence);
-        let frames = self.header.frames.iter().enumerate();
-        let wanted =
-            frames.map(|(number, frame)| (FrameSpec { object, entry: frame.entry }, number));
+        let wanted = self.specs().enumerate().map(|(number, spec)| (spec, number));
         self.snapshot.fetcher().fetch(wanted, urgency, &(Arc::new(done) as _));
     }
 }

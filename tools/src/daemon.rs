@@ -3,6 +3,7 @@
 mod api;
 mod arguments;
 mod client;
+mod kept;
 mod prepared;
 mod run;
 
@@ -12,6 +13,8 @@ use anyhow::Result;
 use clap::Parser;
 use hyper::Method;
 use serde_json::{Value, json};
+
+use crate::output::size;
 
 pub use arguments::{Arguments, Command};
 
@@ -24,16 +27,18 @@ pub fn main() -> ExitCode {
 fn dispatch(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
         Command::Run(run) => run::run(run),
-        Command::Prepare { daemon, name, mode } => {
-            let body = json!({ "mode": mode });
+        Command::Prepare { daemon, name, mode, warm } => {
+            let body = json!({ "mode": mode, "warm": warm });
             let answer = ask(&daemon.run_dir, Method::PUT, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &prepared_lines(&answer))
         }
         Command::Status { daemon } => {
             let snapshots = ask(&daemon.run_dir, Method::GET, "/snapshots", None)?;
             let restores = ask(&daemon.run_dir, Method::GET, "/restores", None)?;
-            let text = status_lines(&snapshots, &restores);
-            print(arguments.json, &json!({ "snapshots": snapshots, "restores": restores }), &text)
+            let cache = ask(&daemon.run_dir, Method::GET, "/cache", None)?;
+            let text = status_lines(&snapshots, &restores) + &cache_line(&cache["disk"]);
+            let all = json!({ "snapshots": snapshots, "restores": restores, "cache": cache });
+            print(arguments.json, &all, &text)
         }
         Command::Release { daemon, name } => {
             let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), None)?;
@@ -125,4 +130,21 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
         ));
     }
     lines
+}
+
+/// Nothing where there is no disk cache.
+fn cache_line(disk: &Value) -> String {
+    if disk.is_null() {
+        return String::new();
+    }
+    let bytes = |name: &str| size(disk[name].as_u64().unwrap_or_default());
+    format!(
+        "cache: {} of {}: {} pinned, {} evictable; {} pinned and not here yet, {} frames dropped\n",
+        bytes("used_bytes"),
+        bytes("limit_bytes"),
+        bytes("pinned_bytes"),
+        bytes("evictable_bytes"),
+        bytes("missing_pinned_bytes"),
+        disk["dropped_frames"],
+    )
 }

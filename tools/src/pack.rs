@@ -275,6 +275,7 @@ fn request(arguments: &arguments::Pack) -> Result<Request> {
         guest_page_bytes: arguments.guest_page_size,
         level: arguments.level,
         diff: arguments.diff,
+        cache_dir: arguments.cache.clone(),
         ..Request::new(arguments.name.parse()?, inputs)
     })
 }

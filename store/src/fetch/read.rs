@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::ranges::RangeRead;
+use super::ranges::{self, RangeRead, Shape};
 use super::{Fetcher, FrameSpec, ObjectId};
 use crate::collect;
 use crate::objects::Objects;
@@ -34,15 +34,30 @@ impl Fetcher {
         if !self.claim(&mut read) {
             return;
         }
-        let bytes = if read.from_cache { self.read_cache(&read) } else { self.read_pack(&read) };
-        self.arrived(read, bytes, true);
+        if read.from_cache {
+            self.read_cache(read);
+        } else {
+            let bytes = self.read_pack(&read);
+            self.arrived(read, bytes, true);
+        }
     }
 
-    fn read_cache(&self, read: &RangeRead) -> Result<Bytes, Error> {
+    /// What was evicted since the read was planned is read from the store.
+    fn read_cache(&self, mut read: RangeRead) {
         self.0.counters.disk_cache_reads.fetch_add(1, Ordering::Relaxed);
-        let found = self.0.disk.as_ref().and_then(|disk| disk.get(&read.frames[0].key()));
-        // Evicted since it was planned: an empty answer fails verification and goes to the store.
-        Ok(found.unwrap_or_default())
+        let disk = self.0.disk.as_ref();
+        let found = disk.map(|disk| disk.read(&read.frames)).unwrap_or_default();
+        let (mut here, mut missing) = (Vec::new(), Vec::new());
+        for (spec, stored) in std::mem::take(&mut read.frames).into_iter().zip(found) {
+            match stored {
+                Some(stored) => here.push((spec, stored)),
+                None => missing.push(spec),
+            }
+        }
+        for group in ranges::merge(missing, Shape::Spread) {
+            self.begin(read.again(group));
+        }
+        self.decode(read, here, true);
     }
 
     fn read_pack(&self, read: &RangeRead) -> Result<Bytes, Error> {
@@ -131,8 +146,7 @@ impl Fetcher {
         !read.frames.is_empty()
     }
 
-    /// Hands what was read to the decode threads, frame by frame so that they share the work;
-    /// a decode thread keeps the first frame for itself.
+    /// The bytes of a range of the store are here, or are not to be had.
     fn arrived(&self, read: RangeRead, bytes: Result<Bytes, Error>, on_decode_thread: bool) {
         let bytes = match bytes {
             Ok(bytes) => bytes,
@@ -150,23 +164,30 @@ impl Fetcher {
                 return;
             }
         };
-        let read = Arc::new(read);
         let start = read.range().start;
         let stored = |spec: &FrameSpec| {
             let from = usize::try_from(spec.entry.offset - start).unwrap_or(usize::MAX);
             // Short bytes fail verification, which is where damage is handled.
             let to = from.saturating_add(spec.entry.stored_bytes as usize).min(bytes.len());
-            bytes.slice(from.min(to)..to)
+            (*spec, bytes.slice(from.min(to)..to))
         };
-        let own = usize::from(on_decode_thread);
-        for spec in read.frames.iter().skip(own) {
-            let (fetcher, read, stored) = (self.clone(), read.clone(), stored(spec));
-            let spec = *spec;
+        let frames = read.frames.iter().map(stored).collect();
+        self.decode(read, frames, on_decode_thread);
+    }
+
+    /// Hands what was read to the decode threads, frame by frame so that they share the work;
+    /// a decode thread keeps the first frame for itself.
+    fn decode(&self, read: RangeRead, frames: Vec<(FrameSpec, Bytes)>, on_decode_thread: bool) {
+        let read = Arc::new(read);
+        let mut frames = frames.into_iter();
+        let own = if on_decode_thread { frames.next() } else { None };
+        for (spec, stored) in frames {
+            let (fetcher, read) = (self.clone(), read.clone());
             let urgency = self.urgency_now(&spec.key(), read.urgency);
             self.0.workers.submit(urgency, move || fetcher.finish(&spec, &stored, &read));
         }
-        for spec in read.frames.iter().take(own) {
-            self.finish(spec, &stored(spec), &read);
+        if let Some((spec, stored)) = own {
+            self.finish(&spec, &stored, &read);
         }
     }
 

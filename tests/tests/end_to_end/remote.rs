@@ -11,14 +11,14 @@ use rustix::process::{Pid, Signal};
 
 use super::{Fixture, same_bytes};
 
-const STORE: &str = "REAP_TEST_S3_STORE";
-const SERVER: &str = "REAP_TEST_S3_SERVER";
+pub(super) const STORE: &str = "REAP_TEST_S3_STORE";
+pub(super) const SERVER: &str = "REAP_TEST_S3_SERVER";
 
-/// Runs the body in a process whose environment names the server, as a user's does.
-fn with_server(body: &str) -> Result<()> {
+/// Runs the body, the path of a test, in a process whose environment names the server, as a user's does.
+pub(super) fn with_server(body: &str) -> Result<()> {
     let server = Moto::start()?;
     let output = Command::new(std::env::current_exe()?)
-        .args(["--exact", &format!("remote::{body}"), "--nocapture"])
+        .args(["--exact", body, "--nocapture"])
         .env(STORE, server.url("fleet/one"))
         .env(SERVER, server.process_id().to_string())
         .envs(server.environment())
@@ -30,12 +30,12 @@ fn with_server(body: &str) -> Result<()> {
 
 #[test]
 fn a_snapshot_goes_through_s3_and_is_collected() -> Result<()> {
-    with_server("through_s3")
+    with_server("remote::through_s3")
 }
 
 #[test]
 fn what_is_cached_is_served_while_s3_is_away() -> Result<()> {
-    with_server("s3_away")
+    with_server("remote::s3_away")
 }
 
 /// Not a test of its own: the body of the one above.

@@ -21,6 +21,7 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
     Router::new()
         .route("/snapshots", get(list))
         .route("/snapshots/{name}", put(prepare).delete(release))
+        .route("/cache", get(cache))
         .route("/restores", get(restores))
         .route("/restores/{id}/settle", put(settle))
         .fallback(|| async {
@@ -36,6 +37,9 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
 struct Prepare {
     #[serde(default)]
     mode: PrepareMode,
+    /// Bring all of it into the node's cache, and keep it there while it is prepared.
+    #[serde(default)]
+    warm: bool,
 }
 
 /// An error as its status and `{"error": line}`.
@@ -75,6 +79,14 @@ async fn restores(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
     Json(json!(daemon.restores()))
 }
 
+async fn cache(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(json!({
+        "memory_bytes": daemon.node.memory_cache_bytes(),
+        "disk": daemon.node.cache_status(),
+        "fetched": daemon.node.counters(),
+    }))
+}
+
 async fn prepare(
     State(daemon): State<Arc<Daemon>>,
     Path(name): Path<String>,
@@ -84,11 +96,12 @@ async fn prepare(
     let request: Prepare = match body.trim() {
         "" => Prepare::default(),
         text => serde_json::from_str(text).map_err(|error| {
-            let remedy = r#"send {"mode": "auto" | "record" | "prefetch" | "demand"}"#;
+            let remedy =
+                r#"send {"mode": "auto" | "record" | "prefetch" | "demand", "warm": true | false}"#;
             Failure(Error::invalid("the body", format!("{error}: {remedy}")))
         })?,
     };
-    let description = daemon.prepare(name, request.mode).await.map_err(Failure)?;
+    let description = daemon.prepare(name, request.mode, request.warm).await.map_err(Failure)?;
     Ok(Json(json!(description)))
 }
 

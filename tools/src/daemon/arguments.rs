@@ -35,6 +35,10 @@ pub enum Command {
         /// prefetch: there must be one; demand: neither
         #[arg(long, value_enum, default_value_t = PrepareMode::Auto)]
         mode: PrepareMode,
+        /// Bring all of it into this node's cache before this returns, and keep it there while it is
+        /// prepared: no restore and no reader waits for the store then
+        #[arg(long)]
+        warm: bool,
     },
     /// Show what the running daemon has prepared and what it restores
     Status {

@@ -11,6 +11,8 @@ use reap_store::pack::{differences, host_facts};
 use reap_store::{Error, FileKind, Name, Node, Snapshot, SnapshotId, Touch, WorkingSet};
 use serde::{Deserialize, Serialize};
 
+use super::kept::KeptFrames;
+
 /// How restores of a prepared snapshot are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -38,7 +40,8 @@ pub(super) struct Description {
     memory: Option<PathBuf>,
     state: Option<PathBuf>,
     disks: BTreeMap<String, PathBuf>,
-    /// What differs between this machine and the one that the snapshot was made on.
+    /// What differs between this machine and the one that the snapshot was made on, and what the cache
+    /// has no room to keep.
     warnings: Vec<String>,
 }
 
@@ -49,6 +52,7 @@ struct Prepared {
     mode: PrepareMode,
     socket: PathBuf,
     working_set: Mutex<Option<Arc<WorkingSet>>>,
+    kept: KeptFrames,
     /// One recording of a snapshot at a time is enough; others are served on demand.
     recording: AtomicBool,
 }
@@ -71,11 +75,13 @@ impl Daemon {
     }
 
     /// Opens a snapshot, finds its working set, and listens for VMMs. Preparing a name again takes
-    /// up its newest snapshot and working set; VMs that run are not touched.
+    /// up its newest snapshot and working set; VMs that run are not touched. `warm` brings all of it into
+    /// the node's cache first.
     pub(super) async fn prepare(
         self: &Arc<Self>,
         name: Name,
         mode: PrepareMode,
+        warm: bool,
     ) -> Result<Description, Error> {
         let _one_change = self.change.lock().await;
         let snapshot = self.node.open_name(&name).await?;
@@ -87,6 +93,13 @@ impl Daemon {
             let text = "there is no usable working set: prepare it with mode auto or record first";
             return Err(Error::refused(&name, text));
         }
+        let kept = match warm {
+            true => KeptFrames::warm(&name, &snapshot).await?,
+            false => KeptFrames::default(),
+        };
+        if let Some(set) = &working_set {
+            kept.keep(&self.node, set);
+        }
         let socket = self.sockets.join(format!("{name}.sock"));
         let prepared = Arc::new(Prepared {
             name: name.clone(),
@@ -94,6 +107,7 @@ impl Daemon {
             mode,
             socket: socket.clone(),
             working_set: Mutex::new(working_set),
+            kept,
             recording: AtomicBool::new(false),
         });
         if let Some(former) = self.prepared.lock().remove(&name) {
@@ -144,6 +158,7 @@ impl Daemon {
             Ok(Some(set)) => {
                 let (sequence, pages) = (set.sequence(), set.data_pages());
                 tracing::info!("{}: working set {sequence}: {pages} pages", prepared.name);
+                prepared.kept.keep(&self.node, &set);
                 *prepared.working_set.lock() = Some(set);
             }
             Ok(None) => tracing::warn!("{}: the working set cannot be read back", prepared.name),
@@ -178,6 +193,8 @@ impl Daemon {
             Some(directory.join(&file.name))
         };
         let disks = snapshot.files().iter().filter(|file| file.kind == FileKind::Disk);
+        let mut warnings = differences(&snapshot.facts().host, &host_facts());
+        warnings.extend(prepared.kept.warning());
         Description {
             name: prepared.name.clone(),
             id: snapshot.id(),
@@ -187,7 +204,7 @@ impl Daemon {
             memory: path_of(FileKind::Memory),
             state: path_of(FileKind::State),
             disks: disks.map(|disk| (disk.name.clone(), directory.join(&disk.name))).collect(),
-            warnings: differences(&snapshot.facts().host, &host_facts()),
+            warnings,
         }
     }
 }

@@ -143,7 +143,7 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
     std::fs::set_permissions(&api, private)?;
     let ready = async {
         for name in names {
-            daemon.prepare(name, PrepareMode::Auto).await?;
+            daemon.prepare(name, PrepareMode::Auto, false).await?;
         }
         std::fs::write(run_dir.path.join("ready"), format!("{}\n", std::process::id()))?;
         tracing::info!("ready");

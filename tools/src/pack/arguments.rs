@@ -170,6 +170,10 @@ pub struct Pack {
     pub diff: bool,
     #[command(flatten)]
     pub index: IndexDirectory,
+    /// Leave what is packed for the cache of this node's reapd: the directory of its --cache. For remote
+    /// stores
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
     /// The VMM that wrote the snapshot, such as firecracker
     #[arg(long)]
     pub vmm: Option<String>,
