@@ -146,6 +146,11 @@ impl Fetcher {
         }))
     }
 
+    /// Runs `task` to its end on this thread, which must not belong to a runtime.
+    pub(crate) fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
+        self.0.runtime.block_on(task)
+    }
+
     pub(crate) fn counters(&self) -> &FetchCounters {
         &self.0.counters
     }

@@ -24,6 +24,7 @@ pub mod objects;
 pub mod pack;
 mod reader;
 pub mod repack;
+pub mod repair;
 mod rewrite;
 #[cfg(test)]
 mod simulation;

@@ -15,6 +15,8 @@ use tokio::runtime::Runtime;
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
 use crate::fetch::{FetchCounters, Fetcher};
 use crate::format::keys;
+use crate::format::manifest::Manifest;
+use crate::format::record::Commit;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
 use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
@@ -22,6 +24,8 @@ pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
 const PIN_RENEWAL: Duration = Duration::from_secs(600);
+/// Bytes of the file that holds a node's id: 32 digits and a newline, and nothing longer is read.
+const MOST_IDENTITY_BYTES: u64 = 64;
 /// Threads of the I/O runtime: it moves bytes and waits, decoding is done elsewhere.
 const RUNTIME_THREADS: usize = 2;
 
@@ -178,6 +182,16 @@ impl Node {
     /// Opens a snapshot by id: pins it, checks that it is not removed, reads its manifest. A
     /// snapshot that is open is returned at once.
     pub async fn open_id(&self, id: SnapshotId) -> Result<Arc<Snapshot>, Error> {
+        self.open_as(id, self.0.store.read_snapshot(id)).await
+    }
+
+    /// The same, with its commit record and manifest from wherever `read` gets them: they must be as they
+    /// were committed.
+    pub(crate) async fn open_as(
+        &self,
+        id: SnapshotId,
+        read: impl Future<Output = Result<(Commit, Manifest), Error>>,
+    ) -> Result<Arc<Snapshot>, Error> {
         if let Some(snapshot) = self.opened(id) {
             return Ok(snapshot);
         }
@@ -190,7 +204,7 @@ impl Node {
         let before = turn.take();
         self.0.left_pins.lock().extend(before);
         let mut pin = Pin::new(&self.0.store, self.0.id, id);
-        let opened = pin.open(self.0.store.read_snapshot(id)).await;
+        let opened = pin.open(read).await;
         let opened = opened.map(|(commit, manifest)| {
             Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest))
         });
@@ -358,7 +372,7 @@ fn identity(directory: &Path) -> Result<(SnapshotId, File), Error> {
         .map_err(local)?;
     lock_for_one(&file, directory)?;
     let mut text = String::new();
-    if file.read_to_string(&mut text).is_ok()
+    if (&file).take(MOST_IDENTITY_BYTES).read_to_string(&mut text).is_ok()
         && let Ok(node) = text.trim().parse()
     {
         return Ok((node, file));

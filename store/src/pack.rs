@@ -39,6 +39,7 @@ use upload::PackWriter;
 
 pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
+pub(crate) use lineage::condemned;
 pub use lineage::{BASE_LABEL, Lineage};
 pub(crate) use source::SourceFile;
 
@@ -212,7 +213,8 @@ impl DiffBase {
         let file = self.snapshot.files().iter().position(is_memory);
         let missing = || Error::invalid(self.snapshot.id(), "has no memory file to differ from");
         let file = file.ok_or_else(missing)?;
-        Ok(SnapshotFile { snapshot: self.snapshot.clone(), file, same_store: true })
+        let snapshot = self.snapshot.clone();
+        Ok(SnapshotFile { snapshot, file, same_store: true, spares: None })
     }
 
     fn close(self) {

@@ -167,17 +167,12 @@ impl Snapshot {
     /// The longest known run at `page` of file number `file`; `None` at or after the end of file.
     /// Pure lookup, microseconds, no I/O.
     pub fn extent(&self, file: usize, page: u64) -> Option<Extent> {
-        let page = u32::try_from(page).ok()?;
-        let runs = self.runs.get(file)?;
-        let after = runs.partition_point(|run| run.first_page <= page);
-        let run = runs[..after].last()?;
-        let skipped = page - run.first_page;
-        let pages = u64::from(run.pages.checked_sub(skipped).filter(|pages| *pages > 0)?);
-        let source = match run.frame {
-            ZERO_FRAME => Source::Zero,
-            frame => Source::Frame { frame: FrameIndex(frame), position: run.position + skipped },
-        };
-        Some(Extent { pages, source })
+        extent(self.runs.get(file)?, page)
+    }
+
+    /// The runs of a file; none where there is no such file.
+    pub(crate) fn runs(&self, file: usize) -> &[Run] {
+        self.runs.get(file).map_or(&[], Vec::as_slice)
     }
 
     /// The extents of `pages` of file number `file`, each with its first page, cut to the range; up
@@ -187,15 +182,7 @@ impl Snapshot {
         file: usize,
         pages: std::ops::Range<u64>,
     ) -> impl Iterator<Item = (u64, Extent)> + '_ {
-        let mut page = pages.start;
-        std::iter::from_fn(move || {
-            let left = pages.end.checked_sub(page).filter(|left| *left > 0)?;
-            let extent = self.extent(file, page)?;
-            let extent = Extent { pages: extent.pages.min(left), ..extent };
-            let first = page;
-            page += extent.pages;
-            Some((first, extent))
-        })
+        extents(self.runs(file), pages)
     }
 
     /// The distinct frames that `pages` of file number `file` come from, in order of their index;
@@ -264,6 +251,11 @@ impl Snapshot {
         }
     }
 
+    /// Runs `task` to its end on this thread, which must not belong to a runtime.
+    pub(crate) fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
+        self.fetcher.block_on(task)
+    }
+
     pub(crate) fn fetcher(&self) -> &Fetcher {
         &self.fetcher
     }
@@ -276,6 +268,36 @@ impl Snapshot {
     pub fn frame_count(&self) -> u32 {
         u32::try_from(self.frames.len()).unwrap_or(u32::MAX)
     }
+}
+
+/// The longest known run at `page` of a file with these runs.
+fn extent(runs: &[Run], page: u64) -> Option<Extent> {
+    let page = u32::try_from(page).ok()?;
+    let after = runs.partition_point(|run| run.first_page <= page);
+    let run = runs[..after].last()?;
+    let skipped = page - run.first_page;
+    let pages = u64::from(run.pages.checked_sub(skipped).filter(|pages| *pages > 0)?);
+    let source = match run.frame {
+        ZERO_FRAME => Source::Zero,
+        frame => Source::Frame { frame: FrameIndex(frame), position: run.position + skipped },
+    };
+    Some(Extent { pages, source })
+}
+
+/// See [`Snapshot::extents`].
+pub(crate) fn extents(
+    runs: &[Run],
+    pages: std::ops::Range<u64>,
+) -> impl Iterator<Item = (u64, Extent)> + '_ {
+    let mut page = pages.start;
+    std::iter::from_fn(move || {
+        let left = pages.end.checked_sub(page).filter(|left| *left > 0)?;
+        let extent = extent(runs, page)?;
+        let extent = Extent { pages: extent.pages.min(left), ..extent };
+        let first = page;
+        page += extent.pages;
+        Some((first, extent))
+    })
 }
 
 /// `done` for the fetch path, which gives back the index that a frame was asked under.

@@ -6,14 +6,15 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
 use crate::format::keys;
-use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest};
+use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest, Run};
 use crate::format::record::{
     self, Commit, Decision, MAX_RECORD_BYTES, Marker, Record, Reference, StoreRecord, VERSION,
 };
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
+use crate::format::{Malformed, require};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun, snapshot};
 
 /// Records that are read at the same time when many are.
 const PARALLEL_READS: usize = 32;
@@ -283,8 +284,24 @@ impl Store {
         snapshot: &Snapshot,
         listed: ListedWorkingSet,
     ) -> Result<Header, Error> {
-        let key = keys::working_set(snapshot.id(), listed.sequence);
-        let damaged = |why: crate::format::Malformed| Error::damaged(&key, why);
+        let (id, manifest_hash) = (snapshot.id(), snapshot.manifest_hash());
+        let runs = |file: usize| snapshot.runs(file);
+        self.bound_working_set(id, manifest_hash, runs, listed).await
+    }
+
+    /// The same, of a snapshot that is not open: its manifest's hash, and the runs of its files.
+    pub(crate) async fn bound_working_set<'a>(
+        &self,
+        snapshot: SnapshotId,
+        manifest_hash: Hash,
+        runs: impl Fn(usize) -> &'a [Run],
+        listed: ListedWorkingSet,
+    ) -> Result<Header, Error> {
+        let key = keys::working_set(snapshot, listed.sequence);
+        let damaged = |why: Malformed| Error::damaged(&key, why);
+        if listed.stored_bytes < PRELUDE_BYTES as u64 {
+            return Err(Error::damaged(&key, "is truncated"));
+        }
         let first = listed.stored_bytes.min(FIRST_READ_BYTES);
         let mut bytes = self.objects.get_range(&key, 0..first, false).await?;
         if bytes.len() < PRELUDE_BYTES {
@@ -299,28 +316,7 @@ impl Store {
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
         let header = working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)?;
-        if header.snapshot != snapshot.id() || header.manifest_hash != snapshot.manifest_hash() {
-            return Err(Error::damaged(key, "was recorded from another snapshot"));
-        }
-        let files = snapshot.files();
-        let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
-            let file = files.get(run.file as usize);
-            file.is_some_and(|file| run.first_page + u64::from(run.pages) <= file.page_count())
-        });
-        if !inside {
-            return Err(Error::damaged(key, "has pages outside its files"));
-        }
-        // A page of zeros that is not zero would be a wrong byte in a guest.
-        let all = |runs: &[WorkingSetRun], zero: bool| {
-            let mut extents = runs.iter().flat_map(|run| {
-                let pages = run.first_page..run.first_page + u64::from(run.pages);
-                snapshot.extents(run.file as usize, pages)
-            });
-            extents.all(|(_, extent)| (extent.source == Source::Zero) == zero)
-        };
-        if !all(&header.zero_runs, true) || !all(&header.runs, false) {
-            return Err(Error::damaged(key, "has other zero pages than its snapshot"));
-        }
+        check_bound(&header, snapshot, manifest_hash, runs).map_err(damaged)?;
         Ok(header)
     }
 
@@ -347,6 +343,32 @@ impl Store {
         let objects = self.objects.list(prefix).await?;
         Ok(objects.iter().filter_map(|object| keys::sequence_of(&object.key)).max())
     }
+}
+
+/// A working set may be installed in guests of this snapshot and of no other, and has no page of zeros that
+/// is not zero there: that would be a wrong byte in a guest.
+pub(crate) fn check_bound<'a>(
+    header: &Header,
+    snapshot: SnapshotId,
+    manifest_hash: Hash,
+    runs: impl Fn(usize) -> &'a [Run],
+) -> Result<(), Malformed> {
+    let ours = header.snapshot == snapshot && header.manifest_hash == manifest_hash;
+    require(ours, "was recorded from another snapshot")?;
+    let end = |run: &WorkingSetRun| run.first_page + u64::from(run.pages);
+    let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
+        let last = runs(run.file as usize).last();
+        last.is_some_and(|last| end(run) <= u64::from(last.first_page) + u64::from(last.pages))
+    });
+    require(inside, "has pages outside its files")?;
+    let all = |recorded: &[WorkingSetRun], zero: bool| {
+        let mut extents = recorded
+            .iter()
+            .flat_map(|run| snapshot::extents(runs(run.file as usize), run.first_page..end(run)));
+        extents.all(|(_, extent)| (extent.source == Source::Zero) == zero)
+    };
+    let same = all(&header.zero_runs, true) && all(&header.runs, false);
+    require(same, "has other zero pages than its snapshot")
 }
 
 /// The record that makes `name` stand for `snapshot`: its key and its bytes.

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use reap_store::pack::{Input, Lineage, Packed, Request, pack};
+use reap_store::verify::{Options, Report, verify};
 use reap_store::{
     Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, SnapshotId,
     Source, Store, Touch, Urgency,
@@ -25,6 +26,8 @@ mod collect;
 mod dedup;
 #[path = "store/rewrite.rs"]
 mod rewrite;
+#[path = "store/verify_levels.rs"]
+mod verify_levels;
 
 struct Fixture {
     directory: tempfile::TempDir,
@@ -115,6 +118,10 @@ impl Fixture {
         };
         entries.map(|entry| entry.expect("entry").path()).collect()
     }
+}
+
+async fn verify_everything(store: &Store, ids: &[SnapshotId]) -> Result<Report, Error> {
+    verify(store, ids, &Options::everything(), &mut |_| {}).await
 }
 
 fn read_all(snapshot: &Arc<Snapshot>, file: usize) -> Result<Vec<u8>, Error> {
@@ -278,7 +285,7 @@ fn damage_anywhere_is_noticed_and_never_read() {
     node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
     drop((snapshot, node));
     let store = fixture.store();
-    let verify = || fixture.runtime.block_on(reap_store::verify::verify(&store, &[packed.id]));
+    let verify = || fixture.runtime.block_on(verify_everything(&store, &[packed.id]));
     let clean = verify().expect("verifies");
     assert!(clean.problems.is_empty() && clean.warnings.is_empty(), "{clean:?}");
     assert_eq!(clean.working_sets, 1);

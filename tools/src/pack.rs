@@ -4,9 +4,11 @@ mod arguments;
 mod copy;
 mod gc;
 mod repack;
+mod repair;
 mod show;
 mod stats;
 mod tree;
+mod verify;
 mod ws;
 
 use std::collections::BTreeMap;
@@ -50,7 +52,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         Command::Show { snapshot } => context.show(snapshot),
         Command::Export { snapshot, directory } => context.export(snapshot, directory),
-        Command::Verify { snapshot, all } => context.verify(snapshot.as_deref(), *all),
+        Command::Verify(verify) => context.verify(verify),
+        Command::Repair { snapshot, from, caches, dry_run, .. } => {
+            context.repair(snapshot.as_deref(), from.as_deref(), caches, *dry_run)
+        }
         Command::Gc { dry_run, yes, lease_timeout } => {
             let options = reap_store::collect::Options {
                 dry_run: *dry_run,
@@ -184,38 +189,6 @@ impl Context<'_> {
         let paths = outcome?;
         let lines: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
         self.print(&json!({ "snapshot": id, "files": lines }), &lines.join("\n"))
-    }
-
-    fn verify(&self, snapshot: Option<&str>, all: bool) -> Result<()> {
-        let store = self.store()?;
-        let ids = match snapshot {
-            Some(snapshot) if !all => vec![self.find_live(&store, snapshot)?],
-            _ => self.runtime.block_on(store.ids())?,
-        };
-        let report = self.runtime.block_on(reap_store::verify::verify(&store, &ids))?;
-        let mut text = String::new();
-        for problem in &report.problems {
-            text.push_str(&format!("damaged: {problem}\n"));
-        }
-        for warning in &report.warnings {
-            text.push_str(&format!("warning, costs speed only: {warning}\n"));
-        }
-        text.push_str(&format!(
-            "{} snapshots, {} packs, {} working sets, {} frames, {} read: {} problems",
-            report.snapshots,
-            report.packs,
-            report.working_sets,
-            report.frames,
-            size(report.bytes),
-            report.problems.len()
-        ));
-        self.print(&serde_json::to_value(&report)?, &text)?;
-        match report.problems.len() {
-            0 => Ok(()),
-            count => {
-                Err(Error::damaged(self.url, format!("{count} problems, listed above")).into())
-            }
-        }
     }
 
     fn tag(&self, snapshot: &str, name: &str) -> Result<()> {

@@ -92,7 +92,7 @@ impl Fixture {
     fn verify_all(&self) {
         let store = self.store();
         let ids = self.runtime.block_on(store.ids()).expect("lists");
-        let report = self.runtime.block_on(reap_store::verify::verify(&store, &ids));
+        let report = self.runtime.block_on(super::verify_everything(&store, &ids));
         let report = report.expect("verifies");
         assert!(report.problems.is_empty() && report.warnings.is_empty(), "{report:?}");
     }

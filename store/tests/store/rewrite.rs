@@ -159,6 +159,9 @@ fn counts_tell_used_from_dead_and_garbage() {
     assert_eq!(one.data_bytes, memory.len() as u64);
     assert_eq!(one.stored_bytes, one.exclusive_bytes, "nobody else is left");
     assert!(counted.unique_bytes >= memory.len() as u64);
+    assert_eq!(one.unique_bytes, counted.unique_bytes);
+    assert_eq!(counted.garbage.values().sum::<u64>(), counted.garbage_bytes);
+    assert_eq!(counted.garbage.len(), 1, "of the first alone");
     assert!(
         counted.dead_bytes > 0 && counted.garbage_bytes > 0,
         "a pack and a manifest: {counted:?}"

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use reap_store::verify::Share;
+
+use super::verify::{LevelArgument, parse_share};
 use crate::output::{EXIT_CODES, parse_size};
 
 /// Packs microVM snapshots into a content-addressed, deduplicated store.
@@ -47,14 +50,27 @@ pub enum Command {
         /// Where to; made if it is not there, files in it are never overwritten
         directory: PathBuf,
     },
-    /// Read, decode and check everything that a snapshot consists of
-    Verify {
+    /// Check what a snapshot consists of, as deeply as is asked for. Changes nothing; a missing object of
+    /// a snapshot halts collection
+    Verify(Verify),
+    /// Bring back what is missing or damaged, from another store or from nodes' caches. Reads every pack;
+    /// halts collection before it changes anything, and leaves it so
+    Repair {
         /// Name or id
         #[arg(required_unless_present = "all")]
         snapshot: Option<String>,
         /// All snapshots of the store
         #[arg(long)]
         all: bool,
+        /// A store with the same objects (a replica) or the same pages (a copy)
+        #[arg(long, value_name = "URL")]
+        from: Option<String>,
+        /// The --cache directory of a reapd that does not run; may be given several times
+        #[arg(long = "cache", value_name = "DIR")]
+        caches: Vec<PathBuf>,
+        /// Only show what is wrong and what can be brought back
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Delete what no snapshot needs: removed snapshots, and what dead packers left. Safe beside packers,
     /// readers and other collectors
@@ -137,6 +153,26 @@ impl IndexDirectory {
         let usual = || cache().or_else(home).map(|cache| cache.join("reap"));
         self.directory.clone().or_else(usual)
     }
+}
+
+/// Arguments of `verify`.
+#[derive(Args, Debug)]
+pub struct Verify {
+    /// Name or id
+    #[arg(required_unless_present = "all")]
+    pub snapshot: Option<String>,
+    /// All snapshots of the store, names, and the records that belong to no snapshot
+    #[arg(long)]
+    pub all: bool,
+    /// How deeply to look; each level includes those before it
+    #[arg(long, value_enum, default_value_t = LevelArgument::Everything)]
+    pub level: LevelArgument,
+    /// How much --level sample reads: a share of the frames, or bytes
+    #[arg(long, value_name = "PERCENT%|SIZE", default_value = "1%", value_parser = parse_share)]
+    pub sample: Share,
+    /// Pick the frames that this number picks, and not others each time
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
 }
 
 /// Arguments of `pack`.
