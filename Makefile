@@ -3,18 +3,24 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test test-s3 soak bench bench-pack build install clean
+.PHONY: demo test test-s3 fuzz soak bench bench-pack build install clean
 
 demo: build
 	./target/release/demo
 
 test: build
 	./tests/servers/install.sh
+	./tests/install.sh g++
 	./tests/run.sh
 
 # The tests over S3's protocol against a real server, Ceph's radosgw.
 test-s3: build
 	./tests/servers/test-s3.sh
+
+# 10 million executions of every parser; what crashed one is kept in fuzz/artifacts.
+fuzz: install
+	./tests/install.sh g++
+	./fuzz/run.sh long
 
 # Long runs: every function in guests of both sizes, the collection protocol in larger scopes,
 # and 20,000 seeds of the simulator.

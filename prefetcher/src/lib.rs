@@ -32,6 +32,9 @@
 mod accept;
 mod engine;
 mod fault;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod layout;
 mod page_state;

@@ -86,3 +86,27 @@ pub(crate) async fn halt(objects: &Objects, missing: &str) {
 pub async fn collect(store: &Store, options: Options) -> Result<Collected, Error> {
     run::run(store, options).await
 }
+
+/// A whole run of the collector over listings of these keys, in which every transaction was given up; how
+/// many it would delete.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz_listings(keys: &[(String, u64)]) -> Result<usize, String> {
+    use machine::{Answer, Collector, Fate, Request};
+    let mut collector = Collector::new();
+    while let Some(request) = collector.next() {
+        let aborted = |txns: std::collections::BTreeSet<SnapshotId>| {
+            Answer::Fates(txns.into_iter().map(|txn| (txn, Fate::Aborted)).collect())
+        };
+        let answer = match request {
+            Request::List(kind) => {
+                let under = |(key, _): &&(String, u64)| key.split('/').next() == Some(kind);
+                Answer::Listed(keys.iter().filter(under).cloned().collect())
+            }
+            Request::Fates(txns) | Request::Settle { txns, .. } => aborted(txns),
+            Request::OwnCondemned => Answer::There(true),
+            Request::Condemn(_) | Request::Delete(_) | Request::Release => Answer::Done,
+        };
+        collector.take(answer)?;
+    }
+    Ok(collector.deleted().len())
+}

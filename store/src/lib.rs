@@ -18,6 +18,9 @@ pub mod error;
 pub mod export;
 mod fetch;
 pub mod format;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod id;
 pub mod node;
 pub mod objects;

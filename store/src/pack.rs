@@ -39,6 +39,8 @@ use upload::PackWriter;
 
 pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
+#[cfg(feature = "fuzzing")]
+pub(crate) use index::fuzzing as index_fuzzing;
 pub(crate) use lineage::condemned;
 pub use lineage::{BASE_LABEL, Lineage};
 pub(crate) use source::SourceFile;

@@ -234,3 +234,43 @@ mod tests {
         assert_eq!((0..10).filter(|number| left(*number)).collect::<Vec<_>>(), [6, 7, 8, 9]);
     }
 }
+
+/// What fuzzing reads of a node's index.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::mapped::Mapped;
+    use super::{Kinship, PackPages, Table};
+    use crate::SnapshotId;
+    use crate::format::keys::PackId;
+    use crate::format::{Malformed, record};
+    use crate::id::Hash;
+
+    /// Looks `page_id` up in a page table, and counts what it finds.
+    pub(crate) fn page_table(
+        snapshot: SnapshotId,
+        bytes: &[u8],
+        page_id: &Hash,
+    ) -> Result<usize, Malformed> {
+        let mapped = Mapped::of(bytes).map_err(|error| Malformed(error.to_string()))?;
+        Ok(Table::check(snapshot, mapped)?.hints(page_id).count())
+    }
+
+    /// Looks at every page of a footer, and counts those that have a place.
+    pub(crate) fn pack_pages(
+        pack: PackId,
+        pack_bytes: u64,
+        bytes: &[u8],
+    ) -> Result<(u32, usize), Malformed> {
+        let mapped = Mapped::of(bytes).map_err(|error| Malformed(error.to_string()))?;
+        let pages = PackPages::verify(pack, pack_bytes, mapped)?;
+        let count = pages.page_count();
+        let known = |page: &u32| pages.page_id(*page).is_some() && pages.place(*page).is_some();
+        Ok((count, (0..count).filter(known).count()))
+    }
+
+    /// Reads what a node remembers of snapshots.
+    pub(crate) fn kinships(bytes: &[u8]) -> Result<usize, Malformed> {
+        let read: std::collections::BTreeMap<String, Kinship> = record::unseal(bytes)?;
+        Ok(read.len())
+    }
+}
