@@ -11,6 +11,7 @@ mod index;
 mod lease;
 mod lineage;
 pub(crate) mod machine;
+mod page_hash;
 mod page_table;
 mod parents;
 #[cfg(test)]
