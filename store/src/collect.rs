@@ -8,6 +8,7 @@ mod machine;
 mod model;
 mod probe;
 mod run;
+mod tidy;
 
 use std::time::Duration;
 

@@ -1,6 +1,7 @@
 //! A node: one process that reads a store. Owns the I/O runtime, the decode threads and the cache.
 
 mod pin;
+mod reader;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -35,6 +36,9 @@ pub struct NodeConfig {
     pub cache_dir: Option<PathBuf>,
     /// Most bytes of the disk cache.
     pub disk_cache_bytes: u64,
+    /// Where short-lived readers of this machine keep their identities, if there is no
+    /// `cache_dir`: the pins of one that was killed are cleared away by the next.
+    pub readers_dir: Option<PathBuf>,
     /// Bytes that the disk cache leaves free on its file system.
     pub disk_free_floor_bytes: u64,
     /// Most bytes of decoded frames kept in memory.
@@ -47,6 +51,7 @@ impl NodeConfig {
         Self {
             store_url: store_url.to_owned(),
             cache_dir: None,
+            readers_dir: None,
             disk_cache_bytes: 0,
             disk_free_floor_bytes: 0,
             memory_cache_bytes: 64 << 20,
@@ -68,7 +73,15 @@ struct Inner {
     /// Of snapshots that nobody reads, not deleted yet.
     left_pins: Mutex<Vec<Pin>>,
     /// Held while the node runs: another process with its identity would clear its pins away.
-    _identity: Option<File>,
+    identity: Option<Identity>,
+}
+
+/// What says whose this process's pins are, locked.
+enum Identity {
+    /// A node's, which comes back.
+    Node(#[expect(dead_code, reason = "held for its lock")] File),
+    /// A command's.
+    Reader(reader::Identity),
 }
 
 /// An open snapshot, or one that is being opened or let go: one at a time.
@@ -90,7 +103,14 @@ impl Node {
             .map_err(local)?;
         let store = runtime.block_on(Store::open(&config.store_url))?;
         let (id, identity, disk) = match &config.cache_dir {
-            None => (SnapshotId::random(), None, None),
+            None => {
+                let identity = match &config.readers_dir {
+                    Some(directory) => runtime.block_on(reader::identity(directory, &store)),
+                    None => None,
+                };
+                let id = identity.as_ref().map_or_else(SnapshotId::random, |(id, _)| *id);
+                (id, identity.map(|(_, reader)| Identity::Reader(reader)), None)
+            }
             Some(directory) => {
                 std::fs::create_dir_all(directory)
                     .map_err(|error| Error::local(directory.display(), error))?;
@@ -102,7 +122,7 @@ impl Node {
                 if let Err(error) = runtime.block_on(pin::clear(&store, id)) {
                     tracing::warn!("pins of an earlier process of this node stay: {error}");
                 }
-                (id, Some(identity), disk)
+                (id, Some(Identity::Node(identity)), disk)
             }
         };
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
@@ -121,7 +141,7 @@ impl Node {
             fetcher,
             snapshots: Mutex::default(),
             left_pins: Mutex::default(),
-            _identity: identity,
+            identity,
         }));
         let renewed = Arc::downgrade(&node.0);
         node.spawn(async move {
@@ -326,6 +346,11 @@ impl Node {
             self.0.left_pins.lock().extend(pin);
         }
         self.delete_left_pins().await;
+        if let Some(Identity::Reader(reader)) = &self.0.identity
+            && self.0.left_pins.lock().is_empty()
+        {
+            reader.is_spent();
+        }
     }
 }
 

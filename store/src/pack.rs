@@ -203,7 +203,9 @@ impl DiffBase {
         let Some(parent) = request.lineage.parents.first() else {
             return Err(Error::invalid(&request.name, "a diff needs its parent: give --parent"));
         };
-        let node = Node::start(&NodeConfig::reader(store.objects().url()))?;
+        let readers_dir = request.lineage.index.clone();
+        let reader = NodeConfig::reader(store.objects().url());
+        let node = Node::start(&NodeConfig { readers_dir, ..reader })?;
         let snapshot = node.block_on(node.open_id(*parent))?;
         Ok(Self { node, snapshot })
     }

@@ -56,8 +56,12 @@ impl Store {
         if objects.exists(keys::FORMAT).await? {
             return Err(Error::exists(url, "is a store already"));
         }
+        // A killed `init` leaves its staged record at most.
+        let is_staged = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b"format#");
         let stray = objects.local_root().is_some_and(|root| {
-            std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some())
+            std::fs::read_dir(root).is_ok_and(|mut entries| {
+                entries.any(|entry| entry.is_ok_and(|entry| !is_staged(&entry.file_name())))
+            })
         });
         if stray || objects.any().await? {
             return Err(Error::refused(url, "is not empty: choose an empty place for a new store"));

@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod lab;
 pub mod servers;
+pub mod tracer;
 pub mod worker;

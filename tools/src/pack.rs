@@ -11,7 +11,7 @@ mod ws;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,6 +23,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use crate::output::{Progress, size};
+use arguments::IndexDirectory;
 pub use arguments::{Arguments, Command, WorkingSets};
 
 /// Runs `reap-pack` with the process's arguments.
@@ -90,9 +91,14 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Gives `read` a node of its own, and gives up its pins afterwards, however it went.
-    fn with_node<T>(&self, read: impl FnOnce(&Node) -> Result<T>) -> Result<T> {
-        let node = Node::start(&NodeConfig::reader(self.url))?;
+    /// Gives `read` a node of its own, and gives up its pins afterwards, however it went. `readers_dir`:
+    /// where it can be found should it be killed.
+    fn with_node<T>(
+        &self,
+        readers_dir: Option<PathBuf>,
+        read: impl FnOnce(&Node) -> Result<T>,
+    ) -> Result<T> {
+        let node = Node::start(&NodeConfig { readers_dir, ..NodeConfig::reader(self.url) })?;
         let outcome = read(&node);
         node.block_on(node.release_pins());
         outcome
@@ -172,7 +178,7 @@ impl Context<'_> {
     fn export(&self, snapshot: &str, directory: &Path) -> Result<()> {
         let id = self.find(&self.store()?, snapshot)?;
         let mut progress = Progress::new("exporting", self.json);
-        let outcome = self.with_node(|node| {
+        let outcome = self.with_node(IndexDirectory::usual(), |node| {
             let exported = node.block_on(async {
                 let snapshot = node.open_id(id).await?;
                 let mut report = |done, total| progress.at(done, total);

@@ -27,6 +27,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     let node = Node::start(&NodeConfig {
         store_url: arguments.store.clone(),
         cache_dir: Some(arguments.cache.clone()),
+        readers_dir: None,
         disk_cache_bytes: arguments.cache_size,
         disk_free_floor_bytes: arguments.cache_free_floor,
         memory_cache_bytes: arguments.memory_cache,

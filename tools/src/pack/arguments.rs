@@ -131,11 +131,16 @@ pub struct IndexDirectory {
 impl IndexDirectory {
     /// The directory, if there is a place for one.
     pub fn path(&self) -> Option<PathBuf> {
+        self.directory.clone().or_else(Self::usual)
+    }
+
+    /// The directory of commands that have no such option.
+    pub fn usual() -> Option<PathBuf> {
         let set = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty());
         let cache = || set("XDG_CACHE_HOME").map(PathBuf::from);
         let home = || set("HOME").map(|home| PathBuf::from(home).join(".cache"));
         let usual = || cache().or_else(home).map(|cache| cache.join("reap"));
-        self.directory.clone().or_else(usual)
+        set("REAP_INDEX").map(PathBuf::from).or_else(usual)
     }
 }
 

@@ -6,6 +6,7 @@ use reap_store::{Node, SnapshotId};
 use serde_json::{Value, json};
 
 use super::Context;
+use super::arguments::IndexDirectory;
 use crate::output::{size, time};
 
 impl Context<'_> {
@@ -40,7 +41,8 @@ impl Context<'_> {
     pub(super) fn show(&self, snapshot: &str) -> Result<()> {
         let store = self.store()?;
         let id = self.find_live(&store, snapshot)?;
-        let mut value = self.with_node(|node| node.block_on(describe(node, id)))?;
+        let mut value =
+            self.with_node(IndexDirectory::usual(), |node| node.block_on(describe(node, id)))?;
         let names: Vec<String> = self
             .runtime
             .block_on(store.names())?

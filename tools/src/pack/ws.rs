@@ -8,6 +8,7 @@ use anyhow::Result;
 use reap_store::{Error, Node, SnapshotId, WorkingSet, WorkingSetRun};
 use serde_json::json;
 
+use super::arguments::IndexDirectory;
 use super::{Context, WorkingSets};
 
 impl Context<'_> {
@@ -19,7 +20,8 @@ impl Context<'_> {
     fn export_working_set(&self, name: &str, sequence: Option<u64>, file: &Path) -> Result<()> {
         let store = self.store()?;
         let id = self.find_live(&store, name)?;
-        let set = self.with_node(|node| Ok(node.block_on(find(node, id, sequence))?))?;
+        let readers = IndexDirectory::usual();
+        let set = self.with_node(readers, |node| Ok(node.block_on(find(node, id, sequence))?))?;
         let touches = touches(&set);
         let mut text =
             format!("# snapshot {id}, working set {}: page, microseconds\n", set.sequence());
