@@ -20,6 +20,9 @@ cargo fmt --all --check || status=1
 cargo clippy --release --workspace --all-targets --locked -- -D warnings || status=1
 cargo test --release --workspace --locked --no-fail-fast 2>&1 | tee "$log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=1
+# The store's own suite once more, over S3's protocol.
+tests/servers/with-server.sh moto tests/servers/test-s3.sh moto 2>&1 | tee -a "$log"
+[ "${PIPESTATUS[0]}" = 0 ] || status=1
 
 count() {
     sed -n "s/^test result: .* \([0-9]*\) $1.*/\1/p" "$log" | awk '{ sum += $1 } END { print sum + 0 }'

@@ -8,6 +8,7 @@
     reason = "a test binary counts with small numbers, and may print"
 )]
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,9 +27,13 @@ mod dedup;
 #[path = "store/rewrite.rs"]
 mod rewrite;
 
+/// If set, stores are made under this URL instead of in local directories: `tests/servers/store.sh`.
+const REMOTE: &str = "REAP_TEST_S3_STORE";
+
 struct Fixture {
     directory: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,
+    url: String,
 }
 
 /// Pages with some structure: compressible, incompressible, zero, and repeated ones.
@@ -63,9 +68,12 @@ impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("temporary directory");
         let runtime = tokio::runtime::Runtime::new().expect("runtime");
-        let fixture = Self { directory, runtime };
-        fixture.runtime.block_on(Store::init(&fixture.url())).expect("store is made");
-        fixture
+        let url = match std::env::var(REMOTE) {
+            Ok(base) => format!("{base}/{}", SnapshotId::random()),
+            Err(_) => format!("file://{}/store", directory.path().display()),
+        };
+        runtime.block_on(Store::init(&url)).expect("store is made");
+        Self { directory, runtime, url }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -73,7 +81,7 @@ impl Fixture {
     }
 
     fn url(&self) -> String {
-        format!("file://{}/store", self.directory.path().display())
+        self.url.clone()
     }
 
     fn store(&self) -> Store {
@@ -102,13 +110,40 @@ impl Fixture {
             .expect("packs")
     }
 
-    /// Keys of all pins, of every node.
-    fn pins(&self) -> Vec<String> {
+    /// Keys under some prefixes, of every transaction.
+    fn keys(&self, prefixes: &[&str]) -> BTreeSet<String> {
         let store = self.store();
-        let listed = self.runtime.block_on(store.objects().list("pin")).expect("lists");
-        listed.into_iter().map(|object| object.key).collect()
+        let list = |prefix: &&str| {
+            self.runtime.block_on(store.objects().list(prefix)).expect("lists").into_iter()
+        };
+        prefixes.iter().flat_map(list).map(|object| object.key).collect()
     }
 
+    fn create(&self, key: &str, text: &str) {
+        self.overwrite(key, text.into());
+    }
+
+    /// Keys of all pins, of every node.
+    fn pins(&self) -> Vec<String> {
+        self.keys(&["pin"]).into_iter().collect()
+    }
+
+    fn delete(&self, key: &str) {
+        self.runtime.block_on(self.store().objects().delete(key)).expect("is deleted");
+    }
+
+    fn object(&self, key: &str) -> Vec<u8> {
+        let store = self.store();
+        self.runtime.block_on(store.objects().get(key, 1 << 30)).expect("is read").into()
+    }
+
+    /// Puts other bytes in the place of an object's.
+    fn overwrite(&self, key: &str, bytes: Vec<u8>) {
+        let store = self.store();
+        self.runtime.block_on(store.objects().overwrite(key, bytes)).expect("is written");
+    }
+
+    /// Files of a local store.
     fn objects_under(&self, kind: &str) -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(self.path("store").join(kind)) else {
             return Vec::new();
@@ -158,8 +193,8 @@ fn what_is_packed_comes_out_bit_for_bit() {
         .expect("exports");
     assert_eq!(files, vec![out.join("memory")]);
     assert!(std::fs::read(out.join("memory")).expect("exported") == memory);
-    assert!(fixture.objects_under("lease").is_empty(), "the lease is given up");
-    assert_eq!(fixture.objects_under("pin").len(), 1);
+    assert!(fixture.keys(&["lease"]).is_empty(), "the lease is given up");
+    assert_eq!(fixture.keys(&["pin"]).len(), 1);
     node.block_on(node.release_pins());
 }
 
@@ -261,8 +296,8 @@ fn a_file_that_changes_while_it_is_packed_fails_the_pack() {
     assert!(written);
     let error = outcome.expect_err("noticed");
     assert!(error.to_string().contains("changed while it was packed"), "{error}");
-    assert!(fixture.objects_under("snap").is_empty());
-    assert!(fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["snap"]).is_empty());
+    assert!(fixture.keys(&["lease"]).is_empty());
 }
 
 /// Every changed byte and every truncation of every object is noticed by `verify`, and what can be
@@ -341,7 +376,7 @@ fn wrong_input_is_refused_before_anything_is_written() {
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }
-    assert!(fixture.objects_under("pack").is_empty() && fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["pack"]).is_empty() && fixture.keys(&["lease"]).is_empty());
     let not_a_store = format!("file://{}", fixture.directory.path().display());
     let error = fixture.runtime.block_on(Store::open(&not_a_store)).err().expect("refused");
     assert!(error.to_string().contains("is not a store"), "{error}");
