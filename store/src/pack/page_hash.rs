@@ -2,7 +2,7 @@
 //!
 //! A page alone has 4 chunks, half of what AVX2 and a quarter of what AVX-512 hash side by side: `blake3::hash`
 //! of a page leaves the other lanes empty. Here several pages fill them. The crate offers this only in its
-//! undocumented `platform` module; `docs/decisions/0004-page-hash.md` says what it is worth and what guards it.
+//! undocumented `platform` module; `docs/decisions/0009-page-hash.md` says what it is worth and what guards it.
 
 use blake3::IncrementCounter::No;
 use blake3::platform::Platform;
