@@ -27,7 +27,7 @@ mod dedup;
 #[path = "store/rewrite.rs"]
 mod rewrite;
 
-/// If set, stores are made under this URL instead of in local directories: `tests/servers/store.sh`.
+/// If set, stores are made under this URL instead of in local directories: `tests/servers/test-s3.sh`.
 const REMOTE: &str = "REAP_TEST_S3_STORE";
 
 struct Fixture {
