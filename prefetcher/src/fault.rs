@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use reap_store::{Error, Frame, FrameIndex, Urgency};
+use reap_store::{Error, Frame, FrameIndex, Urgency, WorkingSet};
 
 use crate::engine::Engine;
 use crate::pending::{MAX_PENDING, PendingFault};
@@ -115,7 +115,38 @@ fn attend(
         settle(engine, vm, unit, fault, Content::Bytes(&bytes));
         return;
     }
-    fetch(engine, vm, unit, fault, frames);
+    match vm.planned_place(unit) {
+        Some((set, frame, position)) => {
+            fetch_planned(engine, vm, unit, fault, set, frame, position)
+        }
+        None => fetch(engine, vm, unit, fault, frames),
+    }
+}
+
+/// A page of the working set that is not here yet: its frame is on its way, and is promoted. Reading the
+/// page's pack as well would take a request and a decode from all that the VM waits for.
+fn fetch_planned(
+    engine: &Arc<Engine>,
+    vm: &Arc<Vm>,
+    unit: u64,
+    fault: PendingFault,
+    set: &WorkingSet,
+    frame: usize,
+    position: u32,
+) {
+    let fault = PendingFault { class: FaultClass::Fetched, ..fault };
+    vm.pending.lock().insert(unit, fault);
+    let (engine, vm) = (engine.clone(), vm.clone());
+    set.fetch_one(frame, Urgency::Demand, move |frame| {
+        let Some(fault) = vm.pending.lock().remove(unit) else { return };
+        match frame {
+            Ok(frame) => {
+                settle(&engine, &vm, unit, fault, Content::Bytes(frame.pages(position, 1)));
+            }
+            // It costs speed only: the pack has the page too.
+            Err(_) => fetch(&engine, &vm, unit, fault, &vm.frames_of(unit)),
+        }
+    });
 }
 
 fn position_of(vm: &Vm, page: u64) -> u32 {

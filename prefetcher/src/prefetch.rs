@@ -64,11 +64,16 @@ pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
 
 fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
     let mut position = 0;
-    for run in runs {
-        let bytes = frame.pages(position, run.pages);
-        position += run.pages;
-        if run.file as usize == vm.file {
-            let installed = vm.install_ahead(run.first_page, u64::from(run.pages), Some(bytes));
+    // Neighbours of different weight or time are runs of their own, but one install.
+    for neighbours in runs.chunk_by(|run, next| {
+        run.file == next.file && run.first_page + u64::from(run.pages) == next.first_page
+    }) {
+        let pages = neighbours.iter().map(|run| run.pages).sum();
+        let bytes = frame.pages(position, pages);
+        position += pages;
+        let first = neighbours[0];
+        if first.file as usize == vm.file {
+            let installed = vm.install_ahead(first.first_page, u64::from(pages), Some(bytes));
             vm.restore.prefetched(installed, false);
         }
     }

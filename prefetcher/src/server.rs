@@ -290,6 +290,7 @@ impl Shared {
             pending: Mutex::new(Pending::default()),
             recording: Mutex::new(recording),
             planned,
+            set: set.clone(),
         });
         if let Err(error) = self.engine.add(&vm) {
             vm.kill(&format!("it cannot be watched: {error}"));

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use reap_store::{Frame, FrameIndex, PAGE_SIZE, Snapshot, Source};
+use reap_store::{Frame, FrameIndex, PAGE_SIZE, Snapshot, Source, WorkingSet};
 use userfaultfd::EventBuffer;
 
 use crate::layout::Layout;
@@ -72,6 +72,8 @@ pub(crate) struct Vm {
     pub(crate) recording: Mutex<Option<Recording>>,
     /// Units of the working set, when one is prefetched.
     pub(crate) planned: Option<Bitmap>,
+    /// That working set.
+    pub(crate) set: Option<Arc<WorkingSet>>,
 }
 
 impl Vm {
@@ -188,6 +190,17 @@ impl Vm {
             }
         }
         installed
+    }
+
+    /// The working set's frame that brings a page ahead, and the page's position in it. None once a frame of
+    /// the set could not be had.
+    pub(crate) fn planned_place(&self, unit: u64) -> Option<(&Arc<WorkingSet>, usize, u32)> {
+        let set = self.set.as_ref().filter(|_| self.layout.pages_per_unit() == 1)?;
+        if self.restore.failed_prefetch_frames.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        let (frame, position) = set.place(self.file, unit)?;
+        Some((set, frame, position))
     }
 
     /// The frames that a unit's bytes come from; empty when it is all zeros.

@@ -177,6 +177,20 @@ impl Fetcher {
         self.fetch_shaped(wanted, urgency, Shape::Spread, done);
     }
 
+    /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
+    /// the thread that decodes it: nothing is gained there by few requests, and bytes that wait for
+    /// another thread to decode them are bytes that wait.
+    pub(crate) fn fetch_working_set(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        done: &Done,
+    ) {
+        let local = self.0.objects.local_root().is_some();
+        let shape = if local { Shape::Alone } else { Shape::Spread };
+        self.fetch_shaped(wanted, urgency, shape, done);
+    }
+
     /// The same, in as few requests as possible: for reading much, where no frame is waited for.
     pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
         self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
@@ -220,9 +234,7 @@ impl Fetcher {
         }
         let reads = self.plan(missing, urgency, shape, &mut flights);
         drop(flights);
-        for read in reads {
-            self.begin(read);
-        }
+        self.begin(reads);
         for (tag, frame) in here {
             done(tag, Ok(frame));
         }
@@ -268,7 +280,8 @@ impl Fetcher {
     /// more, past the cache.
     fn finish(&self, spec: &FrameSpec, stored: &Bytes, read: &RangeRead) {
         let mut abandoned = AbandonedFlight { fetcher: self, key: Some(spec.key()) };
-        match frame::decode(&spec.entry, stored) {
+        let buffer = |bytes| self.0.workers.spares().take(bytes);
+        match frame::decode_into(&spec.entry, stored, buffer) {
             Ok(decoded) => {
                 self.0.counters.decoded_frames.fetch_add(1, Ordering::Relaxed);
                 if !read.from_cache
@@ -288,7 +301,7 @@ impl Fetcher {
                     disk.remove(&spec.key());
                 }
                 if read.from_cache || read.tries + 1 < READS_OF_DAMAGED {
-                    self.begin(read.again(vec![*spec]));
+                    self.begin(vec![read.again(vec![*spec])]);
                 } else {
                     self.complete(&spec.key(), &Err(Error::damaged(object, why)));
                 }

@@ -28,6 +28,7 @@ mod rewrite;
 #[cfg(test)]
 mod simulation;
 pub mod snapshot;
+mod spare;
 pub mod store;
 pub mod usage;
 pub mod verify;
@@ -36,11 +37,11 @@ pub mod working_set;
 
 pub use error::{Error, ErrorKind};
 pub use fetch::FetchCounters;
-pub use id::{Hash, Name, SnapshotId};
+pub use id::{Hash, Name, Profile, SnapshotId};
 pub use node::{Node, NodeConfig};
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;
-pub use working_set::{Touch, WorkingSet, WorkingSetRun};
+pub use working_set::{RecordedPage, Touch, WorkingSet, WorkingSetContent, WorkingSetRun};
 
 /// Bytes in one page of a file: the unit of dedup, and of every page number in this crate.
 pub const PAGE_SIZE: usize = 4096;

@@ -17,7 +17,9 @@ use crate::fetch::{FetchCounters, Fetcher};
 use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
+use crate::{
+    Error, ErrorKind, Name, Snapshot, SnapshotId, WorkingSet, WorkingSetContent, working_set,
+};
 pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
@@ -106,7 +108,12 @@ impl Node {
             }
         };
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let workers = Workers::new(threads).map_err(local)?;
+        // A command that reads has nobody to give way to.
+        let workers = match config.cache_dir {
+            Some(_) => Workers::for_vms(threads),
+            None => Workers::new(threads),
+        };
+        let workers = workers.map_err(local)?;
         let fetcher = Fetcher::new(
             store.objects().clone(),
             runtime.handle().clone(),
@@ -261,15 +268,14 @@ impl Node {
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }
 
-    /// Packs the touched pages of a recording, in order, and publishes them; answers with the
-    /// sequence number.
+    /// Packs a working set and publishes it; answers with the sequence number.
     pub async fn publish_working_set(
         &self,
         snapshot: &Arc<Snapshot>,
-        touches: &[Touch],
+        content: &WorkingSetContent,
     ) -> Result<u64, Error> {
         let id = snapshot.id();
-        let chunks = working_set::build(snapshot, touches).await?;
+        let chunks = working_set::build(snapshot, content).await?;
         let object = |sequence| (keys::working_set(id, sequence), chunks.clone());
         self.0.store.create_next(&keys::working_sets(id), object).await
     }

@@ -16,7 +16,7 @@ use std::sync::mpsc;
 use reap_store::pack::{Input, Lineage, Packed, Request, pack};
 use reap_store::{
     Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, SnapshotId,
-    Source, Store, Touch, Urgency,
+    Source, Store, Touch, Urgency, WorkingSetContent,
 };
 
 #[path = "store/collect.rs"]
@@ -196,7 +196,9 @@ fn a_working_set_gives_the_touched_pages_in_order() {
         .map(|number| Touch { file: 0, page: (number * 37) % 2000, at_us: number * 10 })
         .collect();
     assert!(node.block_on(node.working_set(&snapshot)).expect("lists").is_none());
-    let sequence = node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
+    let sequence = node
+        .block_on(node.publish_working_set(&snapshot, &WorkingSetContent::of_recording(&touches)))
+        .expect("publishes");
     assert_eq!(sequence, 1);
     let set = node.block_on(node.working_set(&snapshot)).expect("lists").expect("is there");
     assert_eq!(set.data_pages() + set.zero_pages(), 600);
@@ -216,6 +218,22 @@ fn a_working_set_gives_the_touched_pages_in_order() {
         seen += u64::from(position);
     }
     assert_eq!(seen, set.data_pages());
+    for page in 0..2000 {
+        let run = |frame: usize| {
+            (set.runs(frame).iter())
+                .find(|run| (run.first_page..run.first_page + u64::from(run.pages)).contains(&page))
+        };
+        let frame = (0..set.frame_count()).find(|frame| run(*frame).is_some());
+        assert_eq!(set.place(0, page).map(|(frame, _)| frame), frame, "page {page}");
+        assert_eq!(set.place(1, page), None);
+        let Some((frame, position)) = set.place(0, page) else { continue };
+        let (sender, receiver) = mpsc::channel();
+        set.fetch_one(frame, Urgency::Demand, move |frame| {
+            sender.send(frame.expect("verified")).expect("receiver");
+        });
+        let expected = &memory[page as usize * PAGE_SIZE..][..PAGE_SIZE];
+        assert!(receiver.recv().expect("called").pages(position, 1) == expected, "page {page}");
+    }
     for run in set.zero_runs() {
         let from = run.first_page as usize * PAGE_SIZE;
         assert!(memory[from..from + run.pages as usize * PAGE_SIZE].iter().all(|byte| *byte == 0));
@@ -275,7 +293,8 @@ fn damage_anywhere_is_noticed_and_never_read() {
     let node = fixture.node();
     let snapshot = node.block_on(node.open_id(packed.id)).expect("opens");
     let touches: Vec<Touch> = (0..200).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
+    node.block_on(node.publish_working_set(&snapshot, &WorkingSetContent::of_recording(&touches)))
+        .expect("publishes");
     drop((snapshot, node));
     let store = fixture.store();
     let verify = || fixture.runtime.block_on(reap_store::verify::verify(&store, &[packed.id]));

@@ -23,7 +23,9 @@ use std::time::{Duration, Instant};
 use pretend::{PretendVm, true_memory, true_page};
 use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
 use reap_store::pack::{Input, Request, pack};
-use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet};
+use reap_store::{
+    FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet, WorkingSetContent,
+};
 
 /// A store with one snapshot of `true_memory`, and a server.
 pub struct Fixture {
@@ -72,7 +74,8 @@ impl Fixture {
 
     /// Publishes `touches` as a working set, and opens it.
     pub fn published(&self, touches: &[Touch]) -> Arc<WorkingSet> {
-        let published = self.node.publish_working_set(&self.snapshot, touches);
+        let content = WorkingSetContent::of_recording(touches);
+        let published = self.node.publish_working_set(&self.snapshot, &content);
         self.node.block_on(published).expect("publishes");
         let newest = self.node.block_on(self.node.working_set(&self.snapshot));
         newest.expect("lists").expect("is there")
@@ -218,6 +221,28 @@ fn a_damaged_working_set_costs_speed_and_nothing_else() {
     vm.check(&vm.pages()).expect("every byte");
     let report = fixture.wait_for(|report| report.failed_prefetch_frames >= 2);
     assert!(report.prefetched_pages > 0 && report.end.is_none(), "{report:?}");
+}
+
+#[test]
+fn a_planned_page_waits_for_its_working_set_and_needs_no_pack() {
+    let fixture = Fixture::new(1000);
+    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
+    drop(fixture.published(&touches));
+    fixture.ruin_the_store();
+    // A node that has nothing in memory.
+    let url = format!("file://{}/store", fixture.directory.path().display());
+    let node = Node::start(&NodeConfig::reader(&url)).expect("node");
+    let snapshot = node.block_on(node.open_id(fixture.snapshot.id())).expect("opens");
+    let set = node.block_on(node.working_set(&snapshot)).expect("lists").expect("is there");
+    let socket = fixture.directory.path().join("other.sock");
+    let serve = move || Mode::Prefetch(set.clone());
+    fixture.server.bind(&socket, snapshot, serve).expect("binds");
+    let mut vm = whole(1000);
+    vm.connect(&socket).expect("connects");
+    // The last first: it cannot be there yet.
+    let backwards: Vec<_> = vm.pages().into_iter().rev().collect();
+    vm.check(&backwards).expect("every byte");
+    assert!(fixture.wait_for(|_| true).end.is_none());
 }
 
 #[test]

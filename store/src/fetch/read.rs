@@ -20,12 +20,18 @@ const STORE_DEADLINE: Duration = Duration::from_secs(60);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 impl Fetcher {
-    /// Starts a read. Never waits.
-    pub(super) fn begin(&self, read: RangeRead) {
-        let fetcher = self.clone();
-        if read.from_cache || self.0.objects.local_root().is_some() {
-            self.0.workers.submit(read.urgency, move || fetcher.read_local(read));
-        } else {
+    /// Starts reads, which are all of one urgency. Never waits.
+    pub(super) fn begin(&self, reads: Vec<RangeRead>) {
+        let Some(urgency) = reads.first().map(|read| read.urgency) else { return };
+        let is_local = |read: &RangeRead| read.from_cache || self.0.objects.local_root().is_some();
+        let (local, remote): (Vec<_>, Vec<_>) = reads.into_iter().partition(is_local);
+        let jobs = local.into_iter().map(|read| {
+            let fetcher = self.clone();
+            move || fetcher.read_local(read)
+        });
+        self.0.workers.submit_all(urgency, jobs);
+        for read in remote {
+            let fetcher = self.clone();
             self.0.runtime.spawn(async move { fetcher.read_remote(read).await });
         }
     }
@@ -35,7 +41,12 @@ impl Fetcher {
             return;
         }
         let bytes = if read.from_cache { self.read_cache(&read) } else { self.read_pack(&read) };
+        let buffer = bytes.as_ref().ok().cloned();
         self.arrived(read, bytes, true);
+        // Where no other thread has a frame of it to decode.
+        if let Some(Ok(buffer)) = buffer.map(Bytes::try_into_mut) {
+            self.0.workers.spares().give_back(buffer.into());
+        }
     }
 
     fn read_cache(&self, read: &RangeRead) -> Result<Bytes, Error> {
@@ -50,7 +61,7 @@ impl Fetcher {
         let file = self.open_pack(read.object())?;
         let length = usize::try_from(range.end - range.start)
             .map_err(|error| Error::damaged(read.object().key(), error))?;
-        let mut bytes = vec![0; length];
+        let mut bytes = self.0.workers.spares().take(length);
         self.count_store_read(length as u64);
         match file.read_exact_at(&mut bytes, range.start) {
             Ok(()) => Ok(bytes.into()),

@@ -26,7 +26,10 @@ impl Fixture {
         let snapshot = node.block_on(node.open_id(id)).expect("opens");
         let touches: Vec<Touch> =
             pages.map(|page| Touch { file: 0, page, at_us: page * 3 }).collect();
-        node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
+        node.block_on(
+            node.publish_working_set(&snapshot, &WorkingSetContent::of_recording(&touches)),
+        )
+        .expect("publishes");
     }
 }
 

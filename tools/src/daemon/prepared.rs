@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use reap_prefetcher::{Mode, RestoreReport, Server};
 use reap_store::pack::{differences, host_facts};
-use reap_store::{Error, FileKind, Name, Node, Snapshot, SnapshotId, Touch, WorkingSet};
+use reap_store::{
+    Error, FileKind, Name, Node, Snapshot, SnapshotId, Touch, WorkingSet, WorkingSetContent,
+};
 use serde::{Deserialize, Serialize};
 
 /// How restores of a prepared snapshot are served.
@@ -136,7 +138,8 @@ impl Daemon {
     /// Publishes a recording; restores from now on use it.
     async fn publish(&self, prepared: &Prepared, touches: &[Touch]) {
         let snapshot = &prepared.snapshot;
-        let published = match self.node.publish_working_set(snapshot, touches).await {
+        let content = WorkingSetContent::of_recording(touches);
+        let published = match self.node.publish_working_set(snapshot, &content).await {
             Ok(_) => self.node.working_set(snapshot).await,
             Err(error) => Err(error),
         };
