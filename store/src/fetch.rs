@@ -24,7 +24,7 @@ use crate::format::frame::{self, FrameEntry};
 use crate::format::keys::{self, PackId};
 use crate::objects::Objects;
 use crate::workers::Workers;
-use crate::{Error, Frame, SnapshotId, Urgency};
+use crate::{Error, Frame, Hash, SnapshotId, Urgency};
 use disk::DiskCache;
 use memory::MemoryCache;
 use ranges::{RangeRead, Shape};
@@ -165,6 +165,20 @@ impl Fetcher {
         let frame = self.0.memory.lock().get(key)?;
         self.0.counters.memory_hits.fetch_add(1, Ordering::Relaxed);
         Some(frame)
+    }
+
+    /// Keeps the decoded bytes of a pack's frame in memory, if they match its hash; whether they do.
+    pub(crate) fn keep(&self, spec: &FrameSpec, decoded: &[u8]) -> bool {
+        if self.0.memory.lock().get(&spec.key()).is_some() {
+            return true;
+        }
+        let matches = Hash::of(decoded) == spec.entry.hash;
+        if matches {
+            let frame = Frame::new(decoded.to_vec());
+            let evicted = self.0.memory.lock().insert(spec.key(), frame);
+            drop(evicted);
+        }
+        matches
     }
 
     /// See [`crate::Snapshot::fetch`]; `wanted` are frames and their tags.

@@ -23,6 +23,7 @@ pub mod node;
 pub mod objects;
 pub mod pack;
 mod reader;
+mod reads;
 pub mod repack;
 mod rewrite;
 #[cfg(test)]
@@ -39,9 +40,12 @@ pub use error::{Error, ErrorKind};
 pub use fetch::FetchCounters;
 pub use id::{Hash, Name, Profile, SnapshotId};
 pub use node::{Node, NodeConfig};
+pub use reads::ReadLog;
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;
-pub use working_set::{RecordedPage, Touch, WorkingSet, WorkingSetContent, WorkingSetRun};
+pub use working_set::{
+    RecordedPage, Touch, WEIGHT_ONE, WorkingSet, WorkingSetContent, WorkingSetRun,
+};
 
 /// Bytes in one page of a file: the unit of dedup, and of every page number in this crate.
 pub const PAGE_SIZE: usize = 4096;

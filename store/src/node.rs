@@ -1,5 +1,6 @@
 //! A node: one process that reads a store. Owns the I/O runtime, the decode threads and the cache.
 
+mod learn;
 mod pin;
 
 use std::collections::HashMap;
@@ -18,8 +19,10 @@ use crate::format::keys;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
 use crate::{
-    Error, ErrorKind, Name, Snapshot, SnapshotId, WorkingSet, WorkingSetContent, working_set,
+    Error, ErrorKind, Name, Profile, Snapshot, SnapshotId, WorkingSet, WorkingSetContent,
+    working_set,
 };
+pub use learn::Learned;
 pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
@@ -242,19 +245,12 @@ impl Node {
         self.0.store.ids().await
     }
 
-    /// The newest usable working set of `snapshot`, if there is one. A damaged or foreign one is
-    /// passed over with a warning: it costs speed, never correctness.
+    /// The newest usable working set of `snapshot` for the usual profile.
     pub async fn working_set(
         &self,
         snapshot: &Arc<Snapshot>,
     ) -> Result<Option<Arc<WorkingSet>>, Error> {
-        for listed in self.0.store.working_sets(snapshot.id()).await? {
-            match self.open_working_set(snapshot, listed).await {
-                Ok(set) => return Ok(Some(set)),
-                Err(error) => tracing::warn!("working set is not used: {error}"),
-            }
-        }
-        Ok(None)
+        self.working_set_of(snapshot, &Profile::default()).await
     }
 
     /// One working set of `snapshot`.

@@ -11,6 +11,7 @@ use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
 use crate::format::record::Commit;
 use crate::id::Hash;
+use crate::reads::Watchers;
 use crate::{Error, PAGE_SIZE, SnapshotId};
 
 /// What a file of a snapshot is.
@@ -113,6 +114,7 @@ pub struct Snapshot {
     runs: Vec<Vec<Run>>,
     data_pages: Vec<u64>,
     frames: Vec<FrameSpec>,
+    watchers: Watchers,
 }
 
 impl Snapshot {
@@ -131,7 +133,8 @@ impl Snapshot {
             runs.iter().filter(|run| run.frame != ZERO_FRAME).map(|run| u64::from(run.pages)).sum()
         };
         let data_pages = runs.iter().map(data).collect();
-        Self { fetcher, commit, facts, files, runs, data_pages, frames }
+        let watchers = Watchers::default();
+        Self { fetcher, commit, facts, files, runs, data_pages, frames, watchers }
     }
 
     /// The snapshot's id.
@@ -234,6 +237,28 @@ impl Snapshot {
         distinct.sort_unstable();
         distinct.dedup();
         self.fetcher.fetch(self.specs(distinct), urgency, &by_frame(done));
+    }
+
+    /// Keeps pages of a file that is read through the mount in memory, from `bytes` of them that a working
+    /// set had: whole frames that match their hash as they are, others from their packs.
+    pub fn warm(self: &Arc<Self>, file: usize, first_page: u64, bytes: &[u8]) {
+        let pages = first_page..first_page + (bytes.len() / PAGE_SIZE) as u64;
+        let mut missing = Vec::new();
+        for (page, extent) in self.extents(file, pages) {
+            let Source::Frame { frame, position } = extent.source else { continue };
+            let spec = &self.frames[frame.0 as usize];
+            let whole = position == 0 && extent.pages == u64::from(spec.entry.pages);
+            let from = usize::try_from(page - first_page).unwrap_or(usize::MAX) * PAGE_SIZE;
+            if !whole || !self.fetcher.keep(spec, &bytes[from..][..spec.entry.decoded_bytes()]) {
+                missing.push(frame);
+            }
+        }
+        // One that cannot be had costs speed only, and whoever reads it will be told.
+        self.fetch(&missing, Urgency::Prefetch, |_, _| {});
+    }
+
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.watchers
     }
 
     /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the

@@ -1,5 +1,8 @@
 //! Working sets: recorded, packed in first-touch order, bound to one snapshot.
 
+pub mod learning;
+pub mod schedule;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
