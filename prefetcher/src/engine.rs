@@ -194,8 +194,12 @@ impl Engine {
         vm.restore.finish(End::VmmEnded);
         self.forget_faults(vm);
         self.vms.lock().remove(&id);
-        finish_recording(vm);
-        tracing::info!("restore {id}: ended");
+        // One that we ended shows what it touched, not what it would have.
+        match vm.restore.was_killed() {
+            true => drop(vm.recording.lock().take()),
+            false => finish_recording(vm),
+        }
+        vm.restore.log_end();
     }
 
     fn tick(&self, vm: &Arc<Vm>) {
@@ -232,7 +236,8 @@ impl Engine {
         }
         vm.restore.finish(End::HandedOver);
         self.vms.lock().remove(&vm.restore.id);
-        finish_recording(vm);
+        drop(vm.recording.lock().take());
+        vm.restore.log_end();
     }
 }
 
@@ -240,6 +245,7 @@ impl Engine {
 pub(crate) fn finish_recording(vm: &Vm) {
     let recording: Option<Recording> = vm.recording.lock().take();
     if let Some(recording) = recording {
-        recording.finish();
+        vm.restore.settle();
+        recording.finish(&vm.snapshot);
     }
 }

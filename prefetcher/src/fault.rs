@@ -79,12 +79,7 @@ fn note(vm: &Vm, unit: u64, class: FaultClass) {
         vm.restore.recorded_pages.fetch_add(new, Ordering::Relaxed);
     }
     if let Some(planned) = &vm.planned {
-        let counter = match (planned.get(unit), class) {
-            (true, _) => &vm.restore.late_pages,
-            (false, FaultClass::Zero) => return,
-            (false, _) => &vm.restore.missed_pages,
-        };
-        counter.fetch_add(per_unit, Ordering::Relaxed);
+        vm.restore.touched(planned.get(unit), class == FaultClass::Zero, per_unit);
     }
 }
 
@@ -165,7 +160,12 @@ fn settle(
     content: Content<'_>,
 ) {
     match vm.serve(unit, content) {
-        Served::Done => vm.restore.fault(fault.class, fault.since.elapsed()),
+        Served::Done => {
+            let per_unit = vm.layout.pages_per_unit();
+            let planned = vm.planned.as_ref().is_some_and(|planned| planned.get(unit));
+            let pages = (unit * per_unit, per_unit);
+            vm.restore.fault(fault.class, pages, fault.since.elapsed(), planned);
+        }
         Served::Again => {
             vm.pending.lock().insert(unit, PendingFault { retry: true, ..fault });
             engine.retry_soon(vm.restore.id);

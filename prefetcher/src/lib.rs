@@ -32,20 +32,25 @@
 mod accept;
 mod engine;
 mod fault;
+mod fit;
 mod handshake;
 mod layout;
 mod page_state;
 mod pending;
+mod plan;
 mod poller;
 mod prefetch;
 mod recording;
 mod report;
 mod server;
+mod timeline;
 mod uffd;
 mod vm;
 mod vmm;
 
+pub use fit::Fit;
 pub use handshake::HandshakeError;
 pub use recording::OnRecorded;
 pub use report::{End, Latency, RestoreReport};
 pub use server::{Mode, Server, ServerConfig, ServerError};
+pub use timeline::{Event, EventKind, Timeline};

@@ -9,6 +9,7 @@ use std::time::Instant;
 use reap_store::{Frame, FrameIndex, Source, Urgency, WorkingSet, WorkingSetRun};
 
 use crate::page_state::Bitmap;
+use crate::plan;
 use crate::vm::Vm;
 
 /// Units of 2 MiB that are fetched at once for one VM.
@@ -41,10 +42,9 @@ fn runs_of_file(set: &WorkingSet, file: usize) -> impl Iterator<Item = &WorkingS
 /// Streams a working set into a VM. Returns at once; the frames are installed as they arrive.
 pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
     let restore = &vm.restore;
-    restore.planned_pages.store(set.data_pages(), Ordering::Relaxed);
-    restore.planned_zero_pages.store(set.zero_pages(), Ordering::Relaxed);
     if vm.layout.pages_per_unit() != 1 {
         start_huge(vm, set);
+        plan::warm_others(&vm.snapshot, set, vm.file);
         return;
     }
     let (into, of) = (vm.clone(), set.clone());
@@ -58,7 +58,7 @@ pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
     // After the data was asked for and before it is here: zeros cost no fetch.
     for run in set.zero_runs().iter().filter(|run| run.file as usize == vm.file) {
         let installed = vm.install_ahead(run.first_page, u64::from(run.pages), None);
-        restore.prefetched(installed, true);
+        restore.prefetched(run.first_page, installed, true);
     }
 }
 
@@ -74,7 +74,10 @@ fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
         let first = neighbours[0];
         if first.file as usize == vm.file {
             let installed = vm.install_ahead(first.first_page, u64::from(pages), Some(bytes));
-            vm.restore.prefetched(installed, false);
+            vm.restore.prefetched(first.first_page, installed, false);
+        } else {
+            // A disk's: nobody faults it in, the mount finds it in memory.
+            vm.snapshot.warm(first.file as usize, first.first_page, bytes);
         }
     }
 }
@@ -109,7 +112,8 @@ fn next_huge(work: &Arc<HugeUnits>) {
         let frames = work.vm.frames_of(unit);
         if frames.is_empty() {
             let installed = work.vm.install_ahead(unit, 1, None);
-            work.vm.restore.prefetched(installed * work.vm.layout.pages_per_unit(), true);
+            let per_unit = work.vm.layout.pages_per_unit();
+            work.vm.restore.prefetched(unit * per_unit, installed * per_unit, true);
             continue;
         }
         let (sender, receiver) = mpsc::channel();
@@ -146,7 +150,8 @@ fn install_huge(vm: &Vm, unit: u64, fetched: impl Iterator<Item = Fetched>) {
     }
     if let Some(bytes) = vm.assemble(unit, |index| frames.get(&index).cloned()) {
         let installed = vm.install_ahead(unit, 1, Some(&bytes));
-        vm.restore.prefetched(installed * vm.layout.pages_per_unit(), false);
+        let per_unit = vm.layout.pages_per_unit();
+        vm.restore.prefetched(unit * per_unit, installed * per_unit, false);
     }
 }
 

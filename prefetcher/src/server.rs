@@ -18,11 +18,12 @@ use crate::handshake::HandshakeError;
 use crate::page_state::PageState;
 use crate::pending::Pending;
 use crate::recording::{OnRecorded, Recording};
-use crate::report::{Restore, RestoreReport};
+use crate::report::{Restore, RestoreReport, SAMPLE};
+use crate::timeline::Timeline;
 use crate::uffd::Uffd;
 use crate::vm::Vm;
 use crate::vmm::Vmm;
-use crate::{fault, prefetch};
+use crate::{fault, plan, prefetch};
 
 /// Ended restores that are remembered.
 const REMEMBERED_RESTORES: usize = 256;
@@ -60,8 +61,13 @@ pub enum Mode {
     /// Faults only, and the first touches go to the callback once they stop coming. It runs on the
     /// fault thread and must not wait.
     Record(OnRecorded),
+    /// The same with a working set whose frames are brought into memory, so that faults are cheap;
+    /// nothing is installed, so that all touches are seen.
+    Sample(Arc<WorkingSet>, OnRecorded),
     /// The working set is installed ahead, the rest on demand.
     Prefetch(Arc<WorkingSet>),
+    /// The same, and what had to be faulted in all the same goes to the callback.
+    Learn(Arc<WorkingSet>, OnRecorded),
 }
 
 impl Mode {
@@ -69,7 +75,8 @@ impl Mode {
         match self {
             Self::Demand => "demand",
             Self::Record(_) => "record",
-            Self::Prefetch(_) => "prefetch",
+            Self::Sample(..) => SAMPLE,
+            Self::Prefetch(_) | Self::Learn(..) => "prefetch",
         }
     }
 }
@@ -182,6 +189,13 @@ impl Server {
         self.shared.restores.lock().iter().map(|restore| restore.report()).collect()
     }
 
+    /// What a restore did when, and what it did in all.
+    pub fn timeline(&self, id: u64) -> Option<(RestoreReport, Timeline)> {
+        let restores = self.shared.restores.lock();
+        let restore = restores.iter().find(|restore| restore.id == id)?;
+        Some((restore.report(), restore.timeline.timeline()))
+    }
+
     /// Ends the recording of a restore now; whether there was one.
     pub fn settle(&self, id: u64) -> bool {
         let vms = self.shared.engine.vms();
@@ -259,7 +273,6 @@ impl Shared {
         let uffd = Uffd::new(uffd).map_err(socket_error)?;
         let id = self.next_restore.fetch_add(1, Ordering::Relaxed) + 1;
         let restore = Arc::new(Restore::new(id, snapshot.id(), vmm.pid(), mode.name()));
-        self.remember(restore.clone());
         tracing::info!(
             "restore {id}: VMM {} from {} in mode {}",
             vmm.pid(),
@@ -267,15 +280,18 @@ impl Shared {
             mode.name()
         );
         let units = layout.file_units();
-        let (recording, set) = match mode {
+        let install = matches!(mode, Mode::Prefetch(_) | Mode::Learn(..));
+        let (done, set) = match mode {
             Mode::Demand => (None, None),
-            Mode::Record(done) => {
-                let pages = snapshot.files()[file].page_count();
-                let number = u32::try_from(file).unwrap_or(u32::MAX);
-                (Some(Recording::new(number, pages, restore.began, done)), None)
-            }
+            Mode::Record(done) => (Some(done), None),
             Mode::Prefetch(set) => (None, Some(set)),
+            Mode::Sample(set, done) | Mode::Learn(set, done) => (Some(done), Some(set)),
         };
+        let recording = done.map(|done| Recording::new(snapshot, file, restore.began, done));
+        if let Some(set) = &set {
+            plan::note(&restore, set, file);
+        }
+        self.remember(restore.clone());
         let per_unit = layout.pages_per_unit();
         let planned = set.as_ref().map(|set| prefetch::planned_units(set, file, per_unit, units));
         let vm = Arc::new(Vm {
@@ -296,8 +312,10 @@ impl Shared {
             vm.kill(&format!("it cannot be watched: {error}"));
             return Err(socket_error(error));
         }
-        if let Some(set) = set {
-            prefetch::start(&vm, &set);
+        match set {
+            Some(set) if install => prefetch::start(&vm, &set),
+            Some(set) => plan::warm(snapshot, &set, file),
+            None => {}
         }
         Ok(())
     }

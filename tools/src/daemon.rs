@@ -3,6 +3,7 @@
 mod api;
 mod arguments;
 mod client;
+mod learner;
 mod prepared;
 mod run;
 
@@ -13,6 +14,7 @@ use clap::Parser;
 use hyper::Method;
 use serde_json::{Value, json};
 
+use crate::output::size;
 pub use arguments::{Arguments, Command};
 
 /// Runs `reapd` with the process's arguments.
@@ -24,19 +26,25 @@ pub fn main() -> ExitCode {
 fn dispatch(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
         Command::Run(run) => run::run(run),
-        Command::Prepare { daemon, name, mode } => {
-            let body = json!({ "mode": mode });
+        Command::Prepare { daemon, name, mode, profile } => {
+            let body = json!({ "mode": mode, "profile": profile });
             let answer = ask(&daemon.run_dir, Method::PUT, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &prepared_lines(&answer))
         }
-        Command::Status { daemon } => {
+        Command::Status { daemon, timeline: Some(id) } => {
+            let path = format!("/restores/{id}/timeline");
+            let answer = ask(&daemon.run_dir, Method::GET, &path, None)?;
+            print(arguments.json, &answer, &timeline_lines(&answer))
+        }
+        Command::Status { daemon, timeline: None } => {
             let snapshots = ask(&daemon.run_dir, Method::GET, "/snapshots", None)?;
             let restores = ask(&daemon.run_dir, Method::GET, "/restores", None)?;
             let text = status_lines(&snapshots, &restores);
             print(arguments.json, &json!({ "snapshots": snapshots, "restores": restores }), &text)
         }
-        Command::Release { daemon, name } => {
-            let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), None)?;
+        Command::Release { daemon, name, profile } => {
+            let body = json!({ "profile": profile });
+            let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &format!("{name} is released"))
         }
     }
@@ -79,8 +87,12 @@ fn print(json: bool, value: &Value, text: &str) -> Result<()> {
 fn prepared_lines(prepared: &Value) -> String {
     let text = |at: &Value| at.as_str().unwrap_or("-").to_owned();
     let mut lines = format!(
-        "{} is {}, mode {}, working set {}\nuffd {}\nmemory {}\nstate {}\n",
+        "{}{} is {}, mode {}, working set {}\nuffd {}\nmemory {}\nstate {}\n",
         text(&prepared["name"]),
+        match prepared["profile"].as_str() {
+            None | Some("") => String::new(),
+            Some(profile) => format!(" ({profile})"),
+        },
         text(&prepared["id"]),
         text(&prepared["mode"]),
         prepared["working_set"],
@@ -108,7 +120,7 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
             .filter_map(|class| restore[format!("faults_{class}")]["count"].as_u64())
             .sum();
         lines.push_str(&format!(
-            "restore {} pid {} {}: {} planned, {} installed, {} late, {} missed, {} faults, {}\n",
+            "restore {} pid {} {}: {} planned, {} installed, {} late, {} missed, {} faults, {}{}\n",
             restore["id"],
             restore["pid"],
             restore["mode"].as_str().unwrap_or_default(),
@@ -122,7 +134,46 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
             } else {
                 restore["end"].to_string()
             },
+            fit_text(restore),
         ));
     }
+    lines
+}
+
+/// How well the working set of a restore fitted, if there was one.
+fn fit_text(restore: &Value) -> String {
+    let fit = &restore["fit"];
+    let (Some(precision), Some(recall)) = (fit["precision"].as_f64(), fit["recall"].as_f64())
+    else {
+        return String::new();
+    };
+    let wasted = size(fit["wasted_bytes"].as_u64().unwrap_or_default());
+    let kind = if fit["estimated"] == true { "estimated" } else { "seen" };
+    let inert = if restore["inert"] == true { ", NOTHING WAS INSTALLED" } else { "" };
+    format!(
+        ", precision {:.1} %, recall {:.1} %, {wasted} wasted ({kind}){inert}",
+        precision * 100.0,
+        recall * 100.0
+    )
+}
+
+/// An event a line.
+fn timeline_lines(timeline: &Value) -> String {
+    let mut lines = "at_us took_us page pages what\n".to_owned();
+    for event in timeline["events"].as_array().into_iter().flatten() {
+        let what = event["kind"].as_str().unwrap_or_default();
+        lines.push_str(&format!(
+            "{} {} {} {} {what}{}\n",
+            event["at_us"],
+            event["took_us"],
+            event["page"],
+            event["pages"],
+            match (what.starts_with("fault"), event["planned"] == true) {
+                (true, true) => " planned",
+                _ => "",
+            }
+        ));
+    }
+    lines.push_str(&format!("{} more events are not kept\n", timeline["dropped"]));
     lines
 }

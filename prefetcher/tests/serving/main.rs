@@ -11,6 +11,7 @@
 
 mod child;
 mod handshakes;
+mod learning;
 mod pretend;
 mod removal;
 
@@ -60,6 +61,22 @@ impl Fixture {
         let snapshot = node.block_on(node.open_id(packed.id)).expect("opens");
         let server = Server::start(config).expect("server");
         Self { directory, node, snapshot, server }
+    }
+
+    /// One more snapshot of the same store: the same memory, and a disk.
+    pub fn with_disk(&self, disk: &[u8]) -> Arc<Snapshot> {
+        let path = self.directory.path().join("disk");
+        std::fs::write(&path, disk).expect("disk file");
+        let input = |name: &str, kind| {
+            let path = self.directory.path().join(name);
+            Input { name: name.into(), kind, path }
+        };
+        let files = vec![input("memory", FileKind::Memory), input("disk", FileKind::Disk)];
+        let request = Request { level: 1, ..Request::new("two".parse().expect("name"), files) };
+        let runtime = tokio::runtime::Runtime::new().expect("runtime");
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let packed = pack(self.node.store(), &runtime, &request, go_on).expect("packs");
+        self.node.block_on(self.node.open_id(packed.id)).expect("opens")
     }
 
     pub fn socket(&self) -> PathBuf {

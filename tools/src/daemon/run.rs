@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use reap_fs::{Mount, MountConfig, MountError, StopOutcome, is_under};
 use reap_prefetcher::{Server, ServerConfig};
-use reap_store::{Error, Name, Node, NodeConfig};
+use reap_store::{Error, Name, Node, NodeConfig, Profile};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -56,7 +56,8 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     );
     let sockets = run_dir.path.join("uffd");
     let mount_path = mount.path().to_owned();
-    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets));
+    let limit = arguments.working_set_size;
+    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets, limit));
     let served = node.block_on(serve(&daemon, &run_dir, names));
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
@@ -143,7 +144,7 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
     std::fs::set_permissions(&api, private)?;
     let ready = async {
         for name in names {
-            daemon.prepare(name, PrepareMode::Auto).await?;
+            daemon.prepare((name, Profile::default()), PrepareMode::Auto).await?;
         }
         std::fs::write(run_dir.path.join("ready"), format!("{}\n", std::process::id()))?;
         tracing::info!("ready");
