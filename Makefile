@@ -19,7 +19,7 @@ test-s3: build
 # Long runs: every function in guests of both sizes, the collection protocol in larger scopes,
 # and 20,000 seeds of the simulator.
 soak: build
-	cargo test --release --locked -p reap-tests --features soak --test end_to_end every_function
+	cargo test --release --locked -p reap-tests --features soak --test end_to_end every_function -- --nocapture
 	cargo test --release --locked -p reap-store --features soak --lib larger_scopes
 	cargo test --release --locked -p reap-store --features soak --lib many_seeds
 

@@ -147,16 +147,30 @@ impl Worker {
 
     /// Waits until the prepared snapshot has a working set.
     pub fn wait_for_working_set(&self, name: &str) -> Result<u64> {
+        let has_one = |snapshot: &Value| snapshot["working_set"].as_u64();
+        self.wait_for_snapshot(name, has_one)
+    }
+
+    /// Waits until the daemon has published so many working sets for `name`, or `name,profile`.
+    pub fn wait_for_published(&self, name: &str, count: u64) -> Result<u64> {
+        let published = |snapshot: &Value| snapshot["learning"]["published"].as_u64();
+        self.wait_for_snapshot(name, |snapshot| published(snapshot).filter(|sets| *sets >= count))
+    }
+
+    fn wait_for_snapshot(&self, name: &str, wanted: impl Fn(&Value) -> Option<u64>) -> Result<u64> {
+        let (name, profile) = name.split_once(',').unwrap_or((name, ""));
         let began = Instant::now();
         loop {
             let status = self.ask("status", &[])?;
             let snapshots = status["snapshots"].as_array().cloned().unwrap_or_default();
-            let found = snapshots.iter().find(|snapshot| snapshot["name"] == name);
-            if let Some(sequence) = found.and_then(|snapshot| snapshot["working_set"].as_u64()) {
+            let found = snapshots
+                .iter()
+                .find(|snapshot| snapshot["name"] == name && snapshot["profile"] == profile);
+            if let Some(sequence) = found.and_then(&wanted) {
                 return Ok(sequence);
             }
             if began.elapsed() > PATIENCE {
-                bail!("{name} never got a working set: {}", self.log());
+                bail!("{name} never got its working set: {}", self.log());
             }
             std::thread::sleep(Duration::from_millis(50));
         }

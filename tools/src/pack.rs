@@ -3,6 +3,7 @@
 mod arguments;
 mod copy;
 mod gc;
+mod picture;
 mod repack;
 mod show;
 mod stats;

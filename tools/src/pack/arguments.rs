@@ -188,15 +188,49 @@ pub struct Pack {
 /// What to do with working sets.
 #[derive(Debug, Subcommand)]
 pub enum WorkingSets {
+    /// List all working sets of a snapshot, newest first
+    Ls {
+        /// Name or id
+        snapshot: String,
+    },
+    /// Show what a working set holds; with --html as a picture
+    Show {
+        #[command(flatten)]
+        which: Which,
+        /// Write one HTML file with a map of guest memory and, with --timeline, what a restore did
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+        /// What 'reapd --json status --timeline RESTORE' printed
+        #[arg(long, value_name = "FILE", requires = "html")]
+        timeline: Option<PathBuf>,
+    },
+    /// Take a snapshot's working set out of use: the next restore records a new one
+    Rm {
+        /// Name or id
+        snapshot: String,
+        /// The profile
+        #[arg(long, default_value = "", hide_default_value = true)]
+        profile: String,
+    },
     /// Write the recorded pages of guest memory as text, a page number and its first touch in
     /// microseconds a line, in first-touch order
     Export {
-        /// Name or id
-        snapshot: String,
+        #[command(flatten)]
+        which: Which,
         /// The file to write
         file: PathBuf,
-        /// Which working set; else the one that a restore would use
-        #[arg(long)]
-        sequence: Option<u64>,
     },
+}
+
+/// A working set.
+#[derive(Args, Debug)]
+pub struct Which {
+    /// Name or id
+    pub snapshot: String,
+    /// The profile
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub profile: String,
+    /// Which working set; else the one that a restore would use
+    #[arg(long)]
+    pub sequence: Option<u64>,
 }
