@@ -9,20 +9,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use reap_store::{FileKind, Snapshot, WorkingSet};
 
 use crate::accept::{Acceptor, Arrival, Bound};
 use crate::engine::{Engine, finish_recording};
 use crate::handshake::HandshakeError;
-use crate::page_state::PageState;
-use crate::pending::Pending;
+use crate::memory::GuestMemory;
 use crate::recording::{OnRecorded, Recording};
 use crate::report::{Restore, RestoreReport};
 use crate::uffd::Uffd;
 use crate::vm::Vm;
 use crate::vmm::Vmm;
-use crate::{fault, prefetch};
+use crate::{fault, hand_over, prefetch};
 
 /// Ended restores that are remembered.
 const REMEMBERED_RESTORES: usize = 256;
@@ -104,7 +103,12 @@ impl Default for ServerConfig {
 /// Serves guest memory by userfaultfd on two threads, whatever the number of VMs.
 pub struct Server {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Option<Threads>>,
+}
+
+struct Threads {
+    faults: JoinHandle<()>,
+    accept: JoinHandle<()>,
 }
 
 struct Shared {
@@ -132,11 +136,11 @@ impl Server {
         let (engine, accepting) = (shared.engine.clone(), shared.clone());
         let faults = std::thread::Builder::new().name("faults".into());
         let accept = std::thread::Builder::new().name("accept".into());
-        let threads = vec![
-            faults.spawn(move || engine.run()).map_err(system)?,
-            accept.spawn(move || accepting.acceptor.run()).map_err(system)?,
-        ];
-        Ok(Self { shared, threads: Mutex::new(threads) })
+        let threads = Threads {
+            faults: faults.spawn(move || engine.run()).map_err(system)?,
+            accept: accept.spawn(move || accepting.acceptor.run()).map_err(system)?,
+        };
+        Ok(Self { shared, threads: Mutex::new(Some(threads)) })
     }
 
     /// Listens on a Unix socket at `path`, and serves each VM that connects from `snapshot`;
@@ -200,7 +204,10 @@ impl Server {
         for path in paths {
             self.unbind(&path);
         }
+        let Some(threads) = self.threads.lock().take() else { return (0, 0) };
+        // To its end: a VM that is taken in after the others were listed would read zeros.
         self.shared.acceptor.stop();
+        threads.accept.join().unwrap_or_default();
         let by = Instant::now() + deadline;
         let queue = Mutex::new(self.shared.engine.vms());
         let (handed_over, ended) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -217,9 +224,7 @@ impl Server {
             }
         });
         self.shared.engine.stop();
-        for thread in self.threads.lock().drain(..) {
-            thread.join().unwrap_or_default();
-        }
+        threads.faults.join().unwrap_or_default();
         let count =
             |counter: AtomicU64| usize::try_from(counter.into_inner()).unwrap_or(usize::MAX);
         (count(handed_over), count(ended))
@@ -228,9 +233,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if !self.threads.lock().is_empty() {
-            self.stop(Duration::ZERO);
-        }
+        self.stop(Duration::ZERO);
     }
 }
 
@@ -282,12 +285,9 @@ impl Shared {
             restore,
             snapshot: snapshot.clone(),
             file,
-            layout,
+            memory: GuestMemory::new(layout, uffd),
             vmm,
-            uffd,
             _socket: socket,
-            state: RwLock::new(PageState::new(units)),
-            pending: Mutex::new(Pending::default()),
             recording: Mutex::new(recording),
             planned,
         });
@@ -314,7 +314,7 @@ impl Shared {
 
     /// Gives a VM all its memory and lets it go; `false` if it had to be ended.
     fn hand_over(&self, vm: &Arc<Vm>, deadline: Instant) -> bool {
-        let outcome = prefetch::populate(vm, deadline);
+        let outcome = hand_over::populate(vm, deadline);
         if outcome.is_ok() && !vm.restore.has_ended() {
             fault::retry(&self.engine, vm);
             self.engine.release(vm);
