@@ -10,6 +10,7 @@ for device in /dev/fuse /dev/userfaultfd; do
         exit 1
     fi
 done
+[ -e /dev/kvm ] || echo "run.sh: there is no /dev/kvm: no guest code is run on a vCPU" >&2
 mounts() { grep -c ' - fuse[^ ]* reap ' /proc/self/mountinfo; }
 before=$(mounts)
 log=$(mktemp)

@@ -11,8 +11,10 @@
 
 mod child;
 mod handshakes;
-mod pretend;
+mod panics;
 mod removal;
+mod split;
+mod vcpu;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -20,10 +22,10 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pretend::{PretendVm, true_memory, true_page};
 use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
 use reap_store::pack::{Input, Request, pack};
 use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet};
+use reap_vmm::{HugePool, PretendVm, true_memory, true_page};
 
 /// A store with one snapshot of `true_memory`, and a server.
 pub struct Fixture {
@@ -112,7 +114,7 @@ impl Drop for Fixture {
 }
 
 pub fn whole(pages: u64) -> PretendVm {
-    PretendVm::map(&[(0, pages)], PAGE_SIZE as u64).expect("maps")
+    PretendVm::whole(pages).expect("maps")
 }
 
 #[test]
@@ -242,10 +244,7 @@ fn many_vms_at_once_and_prefetch_among_their_faults() {
 
 #[test]
 fn huge_pages_are_filled_from_all_their_frames() {
-    let Some(_pool) = HugePool::of(8) else {
-        eprintln!("this kernel gives no 2 MiB pages: not tested");
-        return;
-    };
+    let _pool = HugePool::of(8).expect("2 MiB pages; this needs root");
     let fixture = Fixture::new(4 * 512);
     let set = {
         let touches: Vec<Touch> =
@@ -262,26 +261,19 @@ fn huge_pages_are_filled_from_all_their_frames() {
     assert!(vm.read(address + 4096).iter().all(|byte| *byte == 0));
 }
 
-/// 2 MiB pages of the kernel, given back at the end.
-struct HugePool(String);
-
-impl HugePool {
-    const PATH: &'static str = "/proc/sys/vm/nr_hugepages";
-
-    fn of(pages: u64) -> Option<Self> {
-        let before = std::fs::read_to_string(Self::PATH).ok()?;
-        let wanted = before.trim().parse::<u64>().ok()? + pages;
-        std::fs::write(Self::PATH, wanted.to_string()).ok()?;
-        let pool = Self(before);
-        let now = std::fs::read_to_string(Self::PATH).ok()?;
-        (now.trim().parse::<u64>().ok()? >= wanted).then_some(pool)
-    }
-}
-
-impl Drop for HugePool {
-    fn drop(&mut self) {
-        std::fs::write(Self::PATH, self.0.trim()).expect("the pool is given back");
-    }
+#[test]
+fn several_regions_of_huge_pages_and_a_removal() {
+    let _pool = HugePool::of(4).expect("2 MiB pages; this needs root");
+    let fixture = Fixture::new(2 * 512);
+    let socket = fixture.bind(|| Mode::Demand);
+    let regions = [(0, 512), (512 * PAGE_SIZE as u64, 512)];
+    let mut vm = PretendVm::map(&regions, 2 << 20).expect("maps");
+    vm.connect(&socket).expect("connects");
+    vm.check(&vm.pages()).expect("two regions of 2 MiB pages");
+    vm.remove(vm.regions()[1].0, 512);
+    let address = vm.regions()[1].0;
+    assert!(vm.read(address).iter().all(|byte| *byte == 0), "zeros after the removal");
+    assert!(fixture.wait_for(|_| true).end.is_none());
 }
 
 #[test]
