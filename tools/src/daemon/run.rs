@@ -18,6 +18,11 @@ use crate::output::size;
 /// How long users of the mount may go on after SIGTERM.
 const MOUNT_GRACE: Duration = Duration::from_secs(2);
 
+/// A VM's userfaultfd, its socket and its pidfd, and one that is there for a moment.
+const DESCRIPTORS_OF_A_VM: u64 = 4;
+/// Packs, connections to a store, the mount, handshakes in progress, clients of the API.
+const OTHER_DESCRIPTORS: u64 = 1024;
+
 pub(super) fn run(arguments: &Run) -> Result<()> {
     start_log();
     let names: Vec<Name> =
@@ -31,12 +36,13 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         disk_free_floor_bytes: arguments.cache_free_floor,
         memory_cache_bytes: arguments.memory_cache,
     })?;
+    let max_vms = room_for_vms();
     let server = Server::start(ServerConfig {
+        max_vms,
         socket_mode: arguments.socket_mode,
         socket_uid: arguments.socket_uid,
         fault_deadline: Duration::from_secs(arguments.fault_deadline),
         settle: Duration::from_secs(arguments.settle),
-        ..ServerConfig::default()
     })
     .map_err(|error| Error::local("userfaultfd server", error))?;
     let mount = MountConfig {
@@ -48,7 +54,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         _ => Error::refused("mount", error),
     })?;
     tracing::info!(
-        "serving {} on {}: memory cache {}, disk cache {}",
+        "serving {} on {}: memory cache {}, disk cache {}, at most {max_vms} VMs by userfaultfd",
         arguments.store,
         mount.path().display(),
         size(arguments.memory_cache),
@@ -61,6 +67,20 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
     served
+}
+
+/// Most VMs that this process has descriptors for, once it may open as many as it can be allowed. One VM more is
+/// refused, which is better than to fail anywhere.
+fn room_for_vms() -> usize {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit on open files stays as it is: {error}");
+    }
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let room = files.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_OF_A_VM;
+    usize::try_from(room).unwrap_or(usize::MAX).min(ServerConfig::default().max_vms)
 }
 
 fn start_log() {
