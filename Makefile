@@ -16,10 +16,11 @@ test: build
 test-s3: build
 	./tests/servers/test-s3.sh
 
-# Long runs: every function in guests of both sizes, the collection protocol in larger scopes,
+# Long runs: every function in guests of both sizes, hundreds of VMs at once, the collection protocol in larger scopes,
 # and 20,000 seeds of the simulator.
 soak: build
 	cargo test --release --locked -p reap-tests --features soak --test end_to_end every_function
+	cargo test --release --locked -p reap-tests --features soak --test end_to_end crowd -- --nocapture --test-threads 1
 	cargo test --release --locked -p reap-store --features soak --lib larger_scopes
 	cargo test --release --locked -p reap-store --features soak --lib many_seeds
 

@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod lab;
+pub mod pretend;
 pub mod servers;
 pub mod worker;

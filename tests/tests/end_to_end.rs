@@ -10,6 +10,10 @@ use anyhow::{Context, Result, ensure};
 use reap_tests::lab::{Backend, Lab, Snapshot};
 use reap_tests::worker::{Worker, reap_pack, reap_pack_command, reap_pack_json};
 
+#[path = "end_to_end/crowd.rs"]
+mod crowd;
+#[path = "end_to_end/documents.rs"]
+mod documents;
 #[path = "end_to_end/fleet.rs"]
 mod fleet;
 #[path = "end_to_end/golden.rs"]
