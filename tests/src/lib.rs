@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod lab;
+pub mod proxy;
 pub mod servers;
 pub mod worker;

@@ -14,6 +14,8 @@ use reap_tests::worker::{Worker, reap_pack, reap_pack_command, reap_pack_json};
 mod fleet;
 #[path = "end_to_end/golden.rs"]
 mod golden;
+#[path = "end_to_end/proxy.rs"]
+mod proxy;
 #[path = "end_to_end/remote.rs"]
 mod remote;
 
