@@ -111,13 +111,21 @@ impl Store {
 
     /// What `name` stands for.
     pub async fn resolve(&self, name: &Name) -> Result<SnapshotId, Error> {
-        let newest = self.newest_sequence(&keys::refs(name)).await?;
+        let records = keys::refs(name);
+        // Most names are given once: the first record is read while it is asked which is the newest.
+        let (newest, first) = futures::join!(
+            self.newest_sequence(&records),
+            self.reference(name, keys::FIRST_SEQUENCE)
+        );
         let missing = || {
             let text = "there is no snapshot of this name: 'reap-pack ls' lists them";
             Error::not_found(name, text)
         };
-        let sequence = newest.ok_or_else(missing)?;
-        Ok(self.reference(name, sequence).await?.snapshot)
+        let reference = match newest?.ok_or_else(missing)? {
+            keys::FIRST_SEQUENCE if first.is_ok() => first,
+            sequence => self.reference(name, sequence).await,
+        };
+        Ok(reference?.snapshot)
     }
 
     async fn reference(&self, name: &Name, sequence: u64) -> Result<Reference, Error> {
@@ -202,7 +210,11 @@ impl Store {
         let (commit, object) =
             futures::join!(self.commit(id), self.objects.get(&key, MAX_MANIFEST_BYTES));
         let commit = commit?;
-        let object = object?;
+        let mut object = object?;
+        if Hash::of(&object) != commit.manifest_hash {
+            // As in `read_record`.
+            object = self.objects.get(&key, MAX_MANIFEST_BYTES).await?;
+        }
         if Hash::of(&object) != commit.manifest_hash {
             return Err(Error::damaged(key, "does not match the hash in its commit record"));
         }
@@ -366,8 +378,11 @@ fn name_record(
     (keys::reference(name, sequence), vec![record::seal(&reference).into()])
 }
 
-/// Reads a sealed record.
+/// Reads a sealed record. One that does not unseal is read once more: it may be whole in the store.
 pub(crate) async fn read_record<T: Record>(objects: &Objects, key: &str) -> Result<T, Error> {
-    let bytes = objects.get(key, MAX_RECORD_BYTES).await?;
-    record::unseal(&bytes).map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
+    let mut unsealed = record::unseal(&objects.get(key, MAX_RECORD_BYTES).await?);
+    if unsealed.is_err() {
+        unsealed = record::unseal(&objects.get(key, MAX_RECORD_BYTES).await?);
+    }
+    unsealed.map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
 }

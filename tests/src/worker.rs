@@ -55,6 +55,16 @@ pub struct Worker {
 impl Worker {
     /// Starts a daemon whose directories are under `directory`, and waits until it is ready.
     pub fn start(url: &str, directory: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(url, directory, arguments, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_with(
+        url: &str,
+        directory: &Path,
+        arguments: &[&str],
+        environment: &[(&'static str, String)],
+    ) -> Result<Self> {
         std::fs::create_dir_all(directory)?;
         let log =
             std::fs::File::options().create(true).append(true).open(directory.join("reapd.log"))?;
@@ -66,6 +76,7 @@ impl Worker {
             .arg("--run-dir")
             .arg(directory.join("run"))
             .args(arguments)
+            .envs(environment.iter().map(|(variable, value)| (variable, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

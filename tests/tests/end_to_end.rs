@@ -18,6 +18,8 @@ mod golden;
 mod proxy;
 #[path = "end_to_end/remote.rs"]
 mod remote;
+#[path = "end_to_end/requests.rs"]
+mod requests;
 
 struct Fixture {
     directory: tempfile::TempDir,
