@@ -3,7 +3,7 @@
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: demo test test-s3 soak bench bench-pack build install clean
+.PHONY: demo test test-s3 fleet soak bench bench-pack build install clean
 
 demo: build
 	./target/release/demo
@@ -15,6 +15,10 @@ test: build
 # The tests over S3's protocol against a real server, Ceph's radosgw.
 test-s3: build
 	./tests/servers/test-s3.sh
+
+# 100 rounds of a fleet of real processes on radosgw, with faults on the way, kills and stops.
+fleet: build
+	./tests/servers/with-server.sh radosgw ./target/release/fleet --rounds 100
 
 # Long runs: every function in guests of both sizes, the collection protocol in larger scopes,
 # and 20,000 seeds of the simulator.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use reap_tests::servers::Moto;
-use reap_tests::worker::{Worker, reap_pack, reap_pack_json};
+use reap_tests::worker::{Worker, program, reap_pack, reap_pack_json};
 use rustix::process::{Pid, Signal};
 
 use super::{Fixture, same_bytes};
@@ -36,6 +36,19 @@ fn a_snapshot_goes_through_s3_and_is_collected() -> Result<()> {
 #[test]
 fn what_is_cached_is_served_while_s3_is_away() -> Result<()> {
     with_server("s3_away")
+}
+
+/// A short form of `make fleet`.
+#[test]
+fn a_fleet_loses_nothing_through_faults_and_kills() -> Result<()> {
+    let server = Moto::start()?;
+    let output = Command::new(program("fleet")?)
+        .args(["--rounds", "7", "--store", &server.url("fleet")])
+        .envs(server.environment())
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}{said}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
 }
 
 /// Not a test of its own: the body of the one above.
