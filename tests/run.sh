@@ -10,6 +10,7 @@ for device in /dev/fuse /dev/userfaultfd; do
         exit 1
     fi
 done
+[ -e /dev/kvm ] || echo "run.sh: there is no /dev/kvm: no guest code is run on a vCPU" >&2
 mounts() { grep -c ' - fuse[^ ]* reap ' /proc/self/mountinfo; }
 before=$(mounts)
 log=$(mktemp)
@@ -17,8 +18,12 @@ trap 'rm -f "$log"' EXIT
 
 status=0
 cargo fmt --all --check || status=1
-cargo clippy --release --workspace --all-targets --locked -- -D warnings || status=1
+cargo clippy --release --workspace --all-targets --features reap-fuzz/libfuzzer --locked -- -D warnings || status=1
 cargo test --release --workspace --locked --no-fail-fast 2>&1 | tee "$log"
+[ "${PIPESTATUS[0]}" = 0 ] || status=1
+./fuzz/run.sh short || status=1
+# The store's own suite once more, over S3's protocol.
+tests/servers/with-server.sh moto tests/servers/test-s3.sh moto 2>&1 | tee -a "$log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=1
 
 count() {

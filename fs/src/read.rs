@@ -26,6 +26,7 @@ pub(crate) fn read(
         return;
     }
     let span = Span { snapshot: snapshot.clone(), file, offset, end };
+    snapshot.note_read(file, span.pages());
     let frames = snapshot.frames_of(file, span.pages());
     let cached: Option<HashMap<FrameIndex, Frame>> =
         frames.iter().map(|frame| Some((*frame, snapshot.cached(*frame)?))).collect();

@@ -101,6 +101,33 @@ fn pack_as(directory: &Path, name: &str, memory: &[u8]) -> Packed {
     pack(&store, &runtime, &request, &mut |_| ControlFlow::Continue(())).expect("packs")
 }
 
+/// Whoever records a restore is told what of a disk is read, and nothing of memory.
+#[test]
+fn reads_of_a_disk_are_told_to_whoever_watches() {
+    let fixture = Fixture::new(100);
+    let input = |name: &str, kind| {
+        let path = fixture.directory.path().join(name);
+        std::fs::write(&path, content(100, name.len() as u8)).expect("input");
+        Input { name: name.into(), kind, path }
+    };
+    let files = vec![input("memory", FileKind::Memory), input("root", FileKind::Disk)];
+    let request = Request { level: 1, ..Request::new("two".parse().expect("name"), files) };
+    let runtime = tokio::runtime::Runtime::new().expect("runtime");
+    let packed = pack(fixture.node.store(), &runtime, &request, &mut |_| ControlFlow::Continue(()));
+    let id = packed.expect("packs").id;
+    let snapshot = fixture.node.block_on(fixture.node.open_id(id)).expect("opens");
+    let began = std::time::Instant::now();
+    let log = snapshot.watch_reads();
+    let mut page = [0; PAGE];
+    for name in ["memory", "root"] {
+        let file = std::fs::File::open(fixture.path("snapshots/two").join(name)).expect("opens");
+        file.read_exact_at(&mut page, 40 * PAGE as u64).expect("reads");
+    }
+    let touches = log.touches(&snapshot, began);
+    assert!(touches.iter().any(|touch| touch.page == 40), "{touches:?}");
+    assert!(touches.iter().all(|touch| touch.file == 1), "{touches:?}");
+}
+
 fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
 }

@@ -15,11 +15,13 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::handshake::{HandshakeError, Message};
 use crate::layout::Layout;
+use crate::persist::persist;
 use crate::poller::Poller;
 
 /// A handshake that takes longer is refused.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(2);
-/// Handshakes in progress at once; more connections wait in the kernel.
+/// Handshakes in progress at once. One more ends the oldest: a VMM is done within milliseconds, so who stalls
+/// must not keep others out.
 const MAX_HANDSHAKES: usize = 256;
 /// Bytes of a message that are taken at once.
 const CHUNK_BYTES: usize = 4096;
@@ -98,14 +100,20 @@ impl Acceptor {
 
     /// The accept thread.
     pub(crate) fn run(&self) {
+        // A panic ends the handshakes in progress: their sockets are closed.
+        persist("accept", || self.serve(), || {});
+    }
+
+    fn serve(&self) {
         let mut handshakes: HashMap<u64, Handshake> = HashMap::new();
         while !self.stopping.load(Ordering::Acquire) {
             for (key, _) in self.poller.wait((!handshakes.is_empty()).then_some(TICK)) {
                 let listener = self.listeners.lock().get(&key).cloned();
                 if let Some(bound) = listener {
-                    if handshakes.len() < MAX_HANDSHAKES {
-                        self.accept(&bound, &mut handshakes);
+                    if handshakes.len() >= MAX_HANDSHAKES {
+                        end_oldest(&mut handshakes);
                     }
+                    self.accept(&bound, &mut handshakes);
                 } else if let Some(handshake) = handshakes.remove(&key)
                     && let Some(unfinished) = advance(handshake)
                 {
@@ -142,6 +150,15 @@ impl Acceptor {
         let message = Message::new(bound.memory_bytes);
         let (fds, began) = (Vec::new(), Instant::now());
         handshakes.insert(key, Handshake { bound: bound.clone(), socket, message, fds, began });
+    }
+}
+
+fn end_oldest(handshakes: &mut HashMap<u64, Handshake>) {
+    // Keys are given out in order.
+    let oldest = handshakes.keys().min().copied();
+    if let Some(handshake) = oldest.and_then(|key| handshakes.remove(&key)) {
+        let text = format!("more than {MAX_HANDSHAKES} are in progress, and this is the oldest");
+        refuse(&handshake.bound, &HandshakeError::Rule(text));
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use rustix::event::epoll::EventFlags;
 use userfaultfd::EventBuffer;
 
 use crate::fault;
+use crate::persist::persist;
 use crate::poller::Poller;
 use crate::recording::Recording;
 use crate::report::End;
@@ -65,7 +65,8 @@ impl Engine {
     pub(crate) fn add(&self, vm: &Arc<Vm>) -> std::io::Result<()> {
         let id = vm.restore.id;
         self.vms.lock().insert(id, vm.clone());
-        let watched = [(vm.uffd.as_fd(), Watched::Faults), (vm.vmm.as_fd(), Watched::Process)];
+        let watched =
+            [(vm.memory.kernel.as_fd(), Watched::Faults), (vm.vmm.as_fd(), Watched::Process)];
         for (fd, what) in watched {
             self.poller.watch(fd, what.key(id))?;
         }
@@ -94,6 +95,19 @@ impl Engine {
 
     /// The fault thread.
     pub(crate) fn run(self: &Arc<Self>) {
+        persist(
+            "faults",
+            || self.serve(),
+            || {
+                // Events may have been read and lost; nobody may wait for them for ever.
+                for vm in self.vms() {
+                    vm.kill("the fault thread panicked; this is a bug");
+                }
+            },
+        );
+    }
+
+    fn serve(self: &Arc<Self>) {
         let mut buffer = EventBuffer::new(64);
         let mut last_tick = Instant::now();
         let mut last_retry = Instant::now();
@@ -102,7 +116,7 @@ impl Engine {
                 let (id, what) = Watched::of_key(key);
                 let found = self.vms.lock().get(&id).cloned();
                 if let Some(vm) = found {
-                    self.guarded(&vm, |vm| self.turn(vm, what, flags, &mut buffer));
+                    vm.guarded(|| self.turn(&vm, what, flags, &mut buffer));
                 }
             }
             // A fault that the kernel refuses again asks for another retry at once: only the time
@@ -114,7 +128,7 @@ impl Engine {
             if last_tick.elapsed() >= TICK {
                 last_tick = Instant::now();
                 for vm in self.vms() {
-                    self.guarded(&vm, |vm| self.tick(vm));
+                    vm.guarded(|| self.tick(&vm));
                 }
             }
         }
@@ -125,7 +139,7 @@ impl Engine {
         for id in retries {
             let found = self.vms.lock().get(&id).cloned();
             if let Some(vm) = found {
-                self.guarded(&vm, |vm| fault::retry(self, vm));
+                vm.guarded(|| fault::retry(self, &vm));
             }
         }
     }
@@ -139,13 +153,6 @@ impl Engine {
             (false, false) => Some(TICK),
             (false, true) => None,
         })
-    }
-
-    /// A panic is our bug; the VM that it hits must neither hang nor read zeros.
-    fn guarded(&self, vm: &Arc<Vm>, act: impl FnOnce(&Arc<Vm>)) {
-        if catch_unwind(AssertUnwindSafe(|| act(vm))).is_err() {
-            vm.kill("serving it panicked; this is a bug");
-        }
     }
 
     fn turn(
@@ -175,12 +182,12 @@ impl Engine {
 
     /// Stops watching a descriptor that would be ready for ever.
     fn forget_faults(&self, vm: &Vm) {
-        self.poller.forget(&vm.uffd);
+        self.poller.forget(&vm.memory.kernel);
     }
 
     fn process_ended(&self, vm: &Arc<Vm>) {
         self.poller.forget(&vm.vmm);
-        if vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+        if vm.has_memory() {
             // Somebody connected for the VMM, or gave its memory to another process: serve on,
             // until the memory is gone.
             tracing::warn!("restore {}: the peer ended, its memory lives on", vm.restore.id);
@@ -194,18 +201,22 @@ impl Engine {
         vm.restore.finish(End::VmmEnded);
         self.forget_faults(vm);
         self.vms.lock().remove(&id);
-        finish_recording(vm);
-        tracing::info!("restore {id}: ended");
+        // One that we ended shows what it touched, not what it would have.
+        match vm.restore.was_killed() {
+            true => drop(vm.recording.lock().take()),
+            false => finish_recording(vm),
+        }
+        vm.restore.log_end();
     }
 
     fn tick(&self, vm: &Arc<Vm>) {
         if vm.restore.has_ended() {
-            if !vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+            if !vm.has_memory() {
                 self.remove(vm);
             }
             return;
         }
-        let oldest = vm.pending.lock().oldest();
+        let oldest = vm.memory.oldest_fault();
         if oldest.is_some_and(|since| since.elapsed() > self.fault_deadline) {
             let seconds = self.fault_deadline.as_secs_f32();
             vm.kill(&format!("a fault could not be served for {seconds} s"));
@@ -224,15 +235,16 @@ impl Engine {
     /// zeros by the kernel's own doing from now on.
     pub(crate) fn release(&self, vm: &Arc<Vm>) {
         self.forget_faults(vm);
-        for region in vm.layout.regions() {
+        for region in vm.layout().regions() {
             // Refused where the VMM has unmapped its memory: then nobody waits there.
-            if let Err(error) = vm.uffd.unregister(region.start, region.bytes) {
+            if let Err(error) = vm.memory.kernel.unregister(region.start, region.bytes) {
                 tracing::debug!("restore {}: unregister: {error}", vm.restore.id);
             }
         }
         vm.restore.finish(End::HandedOver);
         self.vms.lock().remove(&vm.restore.id);
-        finish_recording(vm);
+        drop(vm.recording.lock().take());
+        vm.restore.log_end();
     }
 }
 
@@ -240,6 +252,7 @@ impl Engine {
 pub(crate) fn finish_recording(vm: &Vm) {
     let recording: Option<Recording> = vm.recording.lock().take();
     if let Some(recording) = recording {
-        recording.finish();
+        vm.restore.settle();
+        recording.finish(&vm.snapshot);
     }
 }

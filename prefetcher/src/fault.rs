@@ -5,22 +5,22 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
 use parking_lot::Mutex;
-use reap_store::{Error, Frame, FrameIndex, Urgency};
+use reap_store::{Error, Frame, FrameIndex, Urgency, WorkingSet};
 
 use crate::engine::Engine;
-use crate::pending::{MAX_PENDING, PendingFault};
+use crate::memory::{Content, NewFault, Served};
+use crate::pending::PendingFault;
 use crate::report::{End, FaultClass};
 use crate::uffd::MemoryEvent;
-use crate::vm::{Content, Served, Vm};
+use crate::vm::Vm;
 
 /// Acts on what the kernel said, in its order. Removals are marked already.
 pub(crate) fn handle_events(engine: &Arc<Engine>, vm: &Arc<Vm>, events: &[MemoryEvent]) {
     for event in events {
         match event {
-            MemoryEvent::Fault(address) => match vm.layout.unit_at(*address) {
+            MemoryEvent::Fault(address) => match vm.layout().unit_at(*address) {
                 Some(unit) => handle_fault(engine, vm, unit),
                 None => vm.kill("a fault outside all regions that the handshake described"),
             },
@@ -33,8 +33,7 @@ pub(crate) fn handle_events(engine: &Arc<Engine>, vm: &Arc<Vm>, events: &[Memory
 
 /// Tries again what the kernel said `Again` to.
 pub(crate) fn retry(engine: &Arc<Engine>, vm: &Arc<Vm>) {
-    let retries = vm.pending.lock().take_retries();
-    for (unit, fault) in retries {
+    for (unit, fault) in vm.memory.take_retries() {
         let frames = match fault.class {
             FaultClass::Removed | FaultClass::Zero => Vec::new(),
             FaultClass::Cached | FaultClass::Fetched => vm.frames_of(unit),
@@ -44,27 +43,19 @@ pub(crate) fn retry(engine: &Arc<Engine>, vm: &Arc<Vm>) {
 }
 
 fn handle_fault(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64) {
-    let removed = vm.state.read().is_removed(unit);
-    let frames = if removed { Vec::new() } else { vm.frames_of(unit) };
-    let class = match (removed, frames.is_empty()) {
-        (true, _) => FaultClass::Removed,
-        (false, true) => FaultClass::Zero,
-        (false, false) => FaultClass::Cached,
-    };
-    let pending = vm.pending.lock();
-    if pending.contains(unit) {
-        // Another thread waits for the same page; the install wakes both.
-        return;
+    let mut frames = Vec::new();
+    let new = vm.memory.fault(unit, || {
+        frames = vm.frames_of(unit);
+        frames.is_empty()
+    });
+    match new {
+        NewFault::Serve(fault) => {
+            note(vm, unit, fault.class);
+            attend(engine, vm, unit, fault, &frames);
+        }
+        NewFault::Waits => {}
+        NewFault::TooMany => vm.kill("more faults wait than a VM has threads"),
     }
-    if pending.len() >= MAX_PENDING {
-        drop(pending);
-        vm.kill("more faults wait than a VM has threads");
-        return;
-    }
-    drop(pending);
-    note(vm, unit, class);
-    let fault = PendingFault { since: Instant::now(), class, retry: false };
-    attend(engine, vm, unit, fault, &frames);
 }
 
 /// Counts a new fault, and records it.
@@ -72,19 +63,14 @@ fn note(vm: &Vm, unit: u64, class: FaultClass) {
     if class == FaultClass::Removed {
         return;
     }
-    let per_unit = vm.layout.pages_per_unit();
+    let per_unit = vm.layout().pages_per_unit();
     if let Some(recording) = vm.recording.lock().as_mut() {
         let pages = per_unit.min(vm.snapshot.files()[vm.file].page_count() - unit * per_unit);
         let new = recording.touch(unit * per_unit, pages);
         vm.restore.recorded_pages.fetch_add(new, Ordering::Relaxed);
     }
     if let Some(planned) = &vm.planned {
-        let counter = match (planned.get(unit), class) {
-            (true, _) => &vm.restore.late_pages,
-            (false, FaultClass::Zero) => return,
-            (false, _) => &vm.restore.missed_pages,
-        };
-        counter.fetch_add(per_unit, Ordering::Relaxed);
+        vm.restore.touched(planned.get(unit), class == FaultClass::Zero, per_unit);
     }
 }
 
@@ -97,7 +83,7 @@ fn attend(
     frames: &[FrameIndex],
 ) {
     if let [frame] = *frames
-        && vm.layout.pages_per_unit() == 1
+        && vm.layout().pages_per_unit() == 1
         && let Some(found) = vm.snapshot.cached(frame)
     {
         // The usual fault: one page of a frame in memory, without a copy of ours.
@@ -115,7 +101,39 @@ fn attend(
         settle(engine, vm, unit, fault, Content::Bytes(&bytes));
         return;
     }
-    fetch(engine, vm, unit, fault, frames);
+    match vm.planned_place(unit) {
+        Some((set, frame, position)) => {
+            fetch_planned(engine, vm, unit, fault, set, frame, position)
+        }
+        None => fetch(engine, vm, unit, fault, frames),
+    }
+}
+
+/// A page of the working set that is not here yet: its frame is on its way, and is promoted. Reading the
+/// page's pack as well would take a request and a decode from all that the VM waits for.
+fn fetch_planned(
+    engine: &Arc<Engine>,
+    vm: &Arc<Vm>,
+    unit: u64,
+    fault: PendingFault,
+    set: &WorkingSet,
+    frame: usize,
+    position: u32,
+) {
+    vm.memory.await_bytes(unit, fault);
+    let (engine, vm) = (engine.clone(), vm.clone());
+    set.fetch_one(frame, Urgency::Demand, move |frame| {
+        vm.guarded(|| {
+            let Some(fault) = vm.memory.bytes_came(unit) else { return };
+            match frame {
+                Ok(frame) => {
+                    settle(&engine, &vm, unit, fault, Content::Bytes(frame.pages(position, 1)));
+                }
+                // It costs speed only: the pack has the page too.
+                Err(_) => fetch(&engine, &vm, unit, fault, &vm.frames_of(unit)),
+            }
+        });
+    });
 }
 
 fn position_of(vm: &Vm, page: u64) -> u32 {
@@ -133,15 +151,20 @@ fn settle(
     fault: PendingFault,
     content: Content<'_>,
 ) {
-    match vm.serve(unit, content) {
-        Served::Done => vm.restore.fault(fault.class, fault.since.elapsed()),
+    match vm.memory.serve(unit, fault, content) {
+        Served::Done => {
+            let per_unit = vm.layout().pages_per_unit();
+            let planned = vm.planned.as_ref().is_some_and(|planned| planned.get(unit));
+            let pages = (unit * per_unit, per_unit);
+            vm.restore.fault(fault.class, pages, fault.since.elapsed(), planned);
+        }
         Served::Again => {
-            vm.pending.lock().insert(unit, PendingFault { retry: true, ..fault });
+            vm.restore.again.fetch_add(1, Ordering::Relaxed);
             engine.retry_soon(vm.restore.id);
         }
         Served::Gone => {
             // The process is ending, or it took this memory away; in both cases nobody waits here.
-            if !vm.uffd.is_alive(vm.layout.regions()[0].start, vm.layout.page_bytes()) {
+            if !vm.has_memory() {
                 vm.restore.finish(End::VmmEnded);
             }
         }
@@ -167,8 +190,7 @@ fn fetch(
     fault: PendingFault,
     frames: &[FrameIndex],
 ) {
-    let fault = PendingFault { class: FaultClass::Fetched, ..fault };
-    vm.pending.lock().insert(unit, fault);
+    vm.memory.await_bytes(unit, fault);
     let collect = Collect {
         engine: engine.clone(),
         vm: vm.clone(),
@@ -176,17 +198,26 @@ fn fetch(
         missing: AtomicUsize::new(frames.len()),
         frames: Mutex::default(),
     };
-    vm.snapshot.fetch(frames, Urgency::Demand, move |index, frame| arrived(&collect, index, frame));
+    vm.snapshot.fetch(frames, Urgency::Demand, move |index, frame| {
+        collect.vm.guarded(|| arrived(&collect, index, frame));
+    });
 }
 
 /// A frame is there, or never will be.
 fn arrived(collect: &Collect, index: FrameIndex, frame: Result<Frame, Error>) {
-    let vm = &collect.vm;
+    let (vm, unit) = (&collect.vm, collect.unit);
     match frame {
         Ok(frame) => collect.frames.lock().push((index, frame)),
         Err(error) => {
-            vm.pending.lock().remove(collect.unit);
-            vm.kill(&format!("a page cannot be had: {error}"));
+            // Given back meanwhile: zeros need no store.
+            match vm.memory.bytes_came(unit) {
+                Some(fault) if vm.memory.is_removed(unit) => {
+                    settle(&collect.engine, vm, unit, fault, Content::Zero);
+                }
+                Some(_) => vm.kill(&format!("a page cannot be had: {error}")),
+                // Another of its frames failed before.
+                None => {}
+            }
             return;
         }
     }
@@ -197,10 +228,10 @@ fn arrived(collect: &Collect, index: FrameIndex, frame: Result<Frame, Error>) {
     let find = |wanted: FrameIndex| {
         frames.iter().find(|(index, _)| *index == wanted).map(|(_, frame)| frame.clone())
     };
-    let bytes = vm.assemble(collect.unit, find);
-    let Some(fault) = vm.pending.lock().remove(collect.unit) else { return };
+    let bytes = vm.assemble(unit, find);
+    let Some(fault) = vm.memory.bytes_came(unit) else { return };
     match bytes {
-        Some(bytes) => settle(&collect.engine, vm, collect.unit, fault, Content::Bytes(&bytes)),
+        Some(bytes) => settle(&collect.engine, vm, unit, fault, Content::Bytes(&bytes)),
         None => vm.kill("a page's frames do not cover it; this is a bug"),
     }
 }

@@ -13,8 +13,9 @@
 //! run by run, in batches short enough that a fault hardly waits for them.
 //!
 //! Two threads serve any number of VMs: `faults` ([`engine`]) and `accept` ([`accept`]); neither
-//! waits for the network, a disk or a client. What installs pages is in [`vm`] and nowhere else, under
-//! the lock that orders it against removals. Decisions are pure: [`handshake`], [`layout`], [`page_state`].
+//! waits for the network, a disk or a client. What installs pages is in [`memory`] and nowhere else, under
+//! the lock that orders it against removals. Decisions are pure: [`handshake`], [`layout`], [`page_state`]; [`memory`]
+//! sees the kernel through a trait, and a model drives it through every order of events and answers.
 //! Kernel interfaces are wrapped in [`uffd`], [`vmm`] and [`poller`].
 //!
 //! A VM that cannot be served is ended through its pidfd, and the reason is logged and kept in its
@@ -32,20 +33,31 @@
 mod accept;
 mod engine;
 mod fault;
+mod fit;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
+mod hand_over;
 mod handshake;
 mod layout;
+mod memory;
 mod page_state;
 mod pending;
+mod persist;
+mod plan;
 mod poller;
 mod prefetch;
 mod recording;
 mod report;
 mod server;
+mod timeline;
 mod uffd;
 mod vm;
 mod vmm;
 
+pub use fit::Fit;
 pub use handshake::HandshakeError;
 pub use recording::OnRecorded;
 pub use report::{End, Latency, RestoreReport};
 pub use server::{Mode, Server, ServerConfig, ServerError};
+pub use timeline::{Event, EventKind, Timeline};

@@ -3,34 +3,80 @@
 //! Two bitmaps and the rule between them: what was removed never gets snapshot bytes again. The
 //! caller keeps the lock: marking a removal excludes every install (see [`crate::vm`]).
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Words of a chunk: 4,096 bits, 16 MiB of guest memory in 4 KiB pages.
+const CHUNK_WORDS: usize = 64;
+const CHUNK_BITS: u64 = 64 * CHUNK_WORDS as u64;
+
+type Chunk = [AtomicU64; CHUNK_WORDS];
+
 /// Bits that may be set by several threads at once.
+///
+/// In chunks that are made when a bit in them is set: a VM with 64 GiB of memory of which it touches
+/// little costs little (64 KiB, and 512 bytes a chunk).
 #[derive(Debug)]
-pub(crate) struct Bitmap(Vec<AtomicU64>);
+pub(crate) struct Bitmap(Box<[OnceLock<Box<Chunk>>]>);
 
 impl Bitmap {
     pub(crate) fn new(bits: u64) -> Self {
-        Self((0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+        Self((0..bits.div_ceil(CHUNK_BITS)).map(|_| OnceLock::new()).collect())
+    }
+
+    fn slot(&self, bit: u64) -> Option<&OnceLock<Box<Chunk>>> {
+        self.0.get(usize::try_from(bit / CHUNK_BITS).ok()?)
     }
 
     pub(crate) fn get(&self, bit: u64) -> bool {
-        let word = self.0.get(usize::try_from(bit / 64).unwrap_or(usize::MAX));
-        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (bit % 64) & 1 == 1)
+        let chunk = self.slot(bit).and_then(OnceLock::get);
+        chunk.is_some_and(|chunk| word(chunk, bit).load(Ordering::Relaxed) >> (bit % 64) & 1 == 1)
     }
 
     /// Sets a bit; whether it was clear.
     pub(crate) fn set(&self, bit: u64) -> bool {
         let mask = 1 << (bit % 64);
-        let word = self.0.get(usize::try_from(bit / 64).unwrap_or(usize::MAX));
-        word.is_some_and(|word| word.fetch_or(mask, Ordering::Relaxed) & mask == 0)
+        let chunk = self.slot(bit).map(|slot| slot.get_or_init(empty_chunk));
+        chunk.is_some_and(|chunk| word(chunk, bit).fetch_or(mask, Ordering::Relaxed) & mask == 0)
     }
 
-    fn clear(&self, bit: u64) {
-        if let Some(word) = self.0.get(usize::try_from(bit / 64).unwrap_or(usize::MAX)) {
-            word.fetch_and(!(1 << (bit % 64)), Ordering::Relaxed);
+    /// Sets neighbouring bits, a word at a time.
+    fn set_range(&self, first: u64, count: u64) {
+        for (bit, mask) in masks(first, count) {
+            if let Some(slot) = self.slot(bit) {
+                word(slot.get_or_init(empty_chunk), bit).fetch_or(mask, Ordering::Relaxed);
+            }
         }
     }
+
+    fn clear_range(&self, first: u64, count: u64) {
+        for (bit, mask) in masks(first, count) {
+            if let Some(chunk) = self.slot(bit).and_then(OnceLock::get) {
+                word(chunk, bit).fetch_and(!mask, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+fn empty_chunk() -> Box<Chunk> {
+    Box::new(std::array::from_fn(|_| AtomicU64::new(0)))
+}
+
+fn word(chunk: &Chunk, bit: u64) -> &AtomicU64 {
+    &chunk[usize::try_from(bit % CHUNK_BITS / 64).unwrap_or_default()]
+}
+
+/// The words that a range of bits touches, each as a bit of it and a mask.
+fn masks(first: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = first + count;
+    let mut bit = first;
+    std::iter::from_fn(move || {
+        let length = (64 - bit % 64).min(end.checked_sub(bit)?);
+        let mask = u64::MAX.checked_shr(u32::try_from(64 - length).ok()?)? << (bit % 64);
+        let this = bit;
+        bit += length;
+        Some((this, mask))
+    })
 }
 
 /// The two bitmaps of a VM.
@@ -65,17 +111,13 @@ impl PageState {
 
     /// The kernel has these units now. Called only after the ioctl said so.
     pub(crate) fn mark_installed(&self, first: u64, count: u64) {
-        for unit in first..first + count {
-            self.installed.set(unit);
-        }
+        self.installed.set_range(first, count);
     }
 
     /// The guest gave these units back.
     pub(crate) fn mark_removed(&mut self, first: u64, count: u64) {
-        for unit in first..first + count {
-            self.removed.set(unit);
-            self.installed.clear(unit);
-        }
+        self.removed.set_range(first, count);
+        self.installed.clear_range(first, count);
     }
 }
 
@@ -96,9 +138,10 @@ mod tests {
     proptest! {
         #[test]
         fn any_order_of_events_agrees_with_the_model(
-            events in prop::collection::vec((0..3u8, 0..200u64, 1..40u64), 0..200)
+            // Around the end of the first chunk.
+            events in prop::collection::vec((0..3u8, 4000..4200u64, 1..200u64), 0..200)
         ) {
-            let mut state = PageState::new(256);
+            let mut state = PageState::new(4400);
             let mut model: HashMap<u64, Model> = HashMap::new();
             for (kind, first, count) in events {
                 match kind {
@@ -132,12 +175,23 @@ mod tests {
                         state.mark_removed(first, count);
                     }
                 }
-                for unit in 0..256 {
+                for unit in 3990..4400 {
                     let expected = model.get(&unit).copied().unwrap_or_default();
                     prop_assert_eq!(state.is_removed(unit), expected.removed);
                     prop_assert_eq!(state.is_wanted(unit), !expected.removed && !expected.installed);
                 }
             }
         }
+    }
+
+    #[test]
+    fn much_memory_of_which_little_is_touched_costs_little() {
+        let mut state = PageState::new(64 << 18);
+        state.mark_installed(0, 1);
+        state.mark_installed((64 << 18) - 1, 1);
+        state.mark_removed(1 << 20, 4096);
+        let chunks = |bits: &Bitmap| bits.0.iter().filter(|chunk| chunk.get().is_some()).count();
+        assert_eq!((chunks(&state.installed), chunks(&state.removed)), (2, 1));
+        assert!(state.is_removed((1 << 20) + 4095) && !state.is_removed((1 << 20) + 4096));
     }
 }

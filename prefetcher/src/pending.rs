@@ -5,10 +5,6 @@ use std::time::Instant;
 
 use crate::report::FaultClass;
 
-/// Most faults of one VM that wait at once. Each is a sleeping thread of the VMM, of which there
-/// are a few hundred at most; a VM that has more is not playing by the rules.
-pub(crate) const MAX_PENDING: usize = 1 << 16;
-
 /// A fault that waits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PendingFault {

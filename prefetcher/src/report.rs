@@ -1,11 +1,14 @@
 //! What a restore did: counts and latencies, cheap to keep and ready to be shown.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use reap_store::SnapshotId;
 use serde::Serialize;
+
+use crate::fit::{Counts, Fit};
+use crate::timeline::{EventKind, Recorder};
 
 /// How a fault was served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +21,17 @@ pub(crate) enum FaultClass {
     Zero,
     /// The guest had given the page back.
     Removed,
+}
+
+impl FaultClass {
+    fn event(self) -> EventKind {
+        match self {
+            Self::Cached => EventKind::FaultCached,
+            Self::Fetched => EventKind::FaultFetched,
+            Self::Zero => EventKind::FaultZero,
+            Self::Removed => EventKind::FaultRemoved,
+        }
+    }
 }
 
 const CLASSES: usize = 4;
@@ -96,6 +110,9 @@ pub enum End {
     Killed(String),
 }
 
+/// Name of the mode in which a set is looked at and not installed.
+pub(crate) const SAMPLE: &str = "sample";
+
 /// The live counters of a restore.
 #[derive(Debug)]
 pub(crate) struct Restore {
@@ -109,8 +126,14 @@ pub(crate) struct Restore {
     pub(crate) planned_zero_pages: AtomicU64,
     pub(crate) prefetched_pages: AtomicU64,
     pub(crate) prefetched_zero_pages: AtomicU64,
-    pub(crate) late_pages: AtomicU64,
-    pub(crate) missed_pages: AtomicU64,
+    /// The part of the set that restores touch on average, in 2^-16.
+    expected: AtomicU64,
+    touched_planned: AtomicU64,
+    touched_planned_zero: AtomicU64,
+    missed_pages: AtomicU64,
+    missed_zero_pages: AtomicU64,
+    settled: AtomicBool,
+    pub(crate) timeline: Recorder,
     pub(crate) recorded_pages: AtomicU64,
     pub(crate) again: AtomicU64,
     pub(crate) removed_pages: AtomicU64,
@@ -131,7 +154,7 @@ pub struct RestoreReport {
     pub snapshot: SnapshotId,
     /// The VMM.
     pub pid: i32,
-    /// `demand`, `record` or `prefetch`: the mode that was really used.
+    /// `demand`, `record`, `sample` or `prefetch`: the mode that was really used.
     pub mode: &'static str,
     /// Milliseconds since 1970.
     pub started_unix_ms: u64,
@@ -145,10 +168,21 @@ pub struct RestoreReport {
     pub prefetched_pages: u64,
     /// The same for zero pages.
     pub prefetched_zero_pages: u64,
-    /// Faults on planned pages that had not been installed yet.
+    /// Faults on planned pages that had not been installed yet. This and what follows, up to `fit`,
+    /// is counted until the restore settled.
     pub late_pages: u64,
+    /// Planned pages that were touched, in mode `sample`, where nothing is installed.
+    pub hit_pages: u64,
     /// Faults on pages with bytes that the working set does not have.
     pub missed_pages: u64,
+    /// Faults on zero pages that it does not have.
+    pub missed_zero_pages: u64,
+    /// No new page was touched for a while, or the VM ended.
+    pub settled: bool,
+    /// How well the working set fitted; `None` without one.
+    pub fit: Option<Fit>,
+    /// There was a working set, its pages were touched, and none of its bytes were installed: an error.
+    pub inert: bool,
     /// Frames of the working set that could not be had.
     pub failed_prefetch_frames: u64,
     /// Pages recorded so far.
@@ -173,19 +207,25 @@ pub struct RestoreReport {
 
 impl Restore {
     pub(crate) fn new(id: u64, snapshot: SnapshotId, pid: i32, mode: &'static str) -> Self {
+        let began = Instant::now();
         Self {
             id,
             snapshot,
             pid,
             mode,
             started: SystemTime::now(),
-            began: Instant::now(),
+            began,
             planned_pages: AtomicU64::new(0),
             planned_zero_pages: AtomicU64::new(0),
             prefetched_pages: AtomicU64::new(0),
             prefetched_zero_pages: AtomicU64::new(0),
-            late_pages: AtomicU64::new(0),
+            expected: AtomicU64::new(1 << 16),
+            touched_planned: AtomicU64::new(0),
+            touched_planned_zero: AtomicU64::new(0),
             missed_pages: AtomicU64::new(0),
+            missed_zero_pages: AtomicU64::new(0),
+            settled: AtomicBool::new(false),
+            timeline: Recorder::new(began),
             recorded_pages: AtomicU64::new(0),
             again: AtomicU64::new(0),
             removed_pages: AtomicU64::new(0),
@@ -197,12 +237,108 @@ impl Restore {
         }
     }
 
-    pub(crate) fn fault(&self, class: FaultClass, took: Duration) {
+    /// A fault on these pages was served; `planned` where the set has them.
+    pub(crate) fn fault(
+        &self,
+        class: FaultClass,
+        pages: (u64, u64),
+        took: Duration,
+        planned: bool,
+    ) {
         self.faults[class as usize].add(took);
+        if !self.settled.load(Ordering::Relaxed) {
+            self.timeline.add(class.event(), pages, took, planned);
+        }
     }
 
-    /// Some pages of the working set are there now.
-    pub(crate) fn prefetched(&self, pages: u64, zero: bool) {
+    /// Pages were touched that the working set has, or has not.
+    pub(crate) fn touched(&self, planned: bool, zero: bool, pages: u64) {
+        if self.settled.load(Ordering::Relaxed) {
+            return;
+        }
+        let counter = match (planned, zero) {
+            (true, false) => &self.touched_planned,
+            (true, true) => &self.touched_planned_zero,
+            (false, false) => &self.missed_pages,
+            (false, true) => &self.missed_zero_pages,
+        };
+        counter.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// The part of the working set that restores touch on average, 0 to 1.
+    pub(crate) fn expect(&self, part: f64) {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped to what fits"
+        )]
+        let fixed = (part.clamp(0.0, 1.0) * 65536.0) as u64;
+        self.expected.store(fixed, Ordering::Relaxed);
+    }
+
+    /// What comes from now on is the VM's life, not its restore.
+    pub(crate) fn settle(&self) {
+        if !self.settled.swap(true, Ordering::Relaxed) {
+            tracing::info!("restore {}: settled: {}", self.id, self.summary());
+            if self.is_inert() {
+                let text = "it had a working set, and nothing of it was installed";
+                tracing::error!("restore {}: {text}", self.id);
+            }
+        }
+    }
+
+    /// It is over: what came of it, for the log.
+    pub(crate) fn log_end(&self) {
+        self.settle();
+        tracing::info!("restore {}: ended: {}", self.id, self.summary());
+    }
+
+    /// A working set was declared and touched, and none of its bytes were installed.
+    pub(crate) fn is_inert(&self) -> bool {
+        let counts = self.counts();
+        !counts.sampled && counts.touched_data > 0 && counts.installed_data == 0
+    }
+
+    /// One line about it.
+    pub(crate) fn summary(&self) -> String {
+        let counts = self.counts();
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut text = format!("mode {}", self.mode);
+        if load(&self.recorded_pages) > 0 {
+            text.push_str(&format!(", {} pages recorded", load(&self.recorded_pages)));
+        }
+        if let Some(fit) = Fit::new(&counts) {
+            let late = if counts.sampled { 0 } else { counts.touched };
+            let (planned, installed, missed) = (counts.planned, counts.installed, counts.missed);
+            text.push_str(&format!(
+                ", {planned} planned, {installed} installed, {late} late, {missed} missed; {fit}"
+            ));
+        }
+        text
+    }
+
+    fn counts(&self) -> Counts {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            planned: load(&self.planned_pages) + load(&self.planned_zero_pages),
+            planned_data: load(&self.planned_pages),
+            installed: load(&self.prefetched_pages) + load(&self.prefetched_zero_pages),
+            installed_data: load(&self.prefetched_pages),
+            touched: load(&self.touched_planned) + load(&self.touched_planned_zero),
+            touched_data: load(&self.touched_planned),
+            missed: load(&self.missed_pages) + load(&self.missed_zero_pages),
+            expected: load(&self.expected) as f64 / 65536.0,
+            sampled: self.mode == SAMPLE,
+        }
+    }
+
+    /// `pages` pages of the working set are there now, the first of them `first`.
+    pub(crate) fn prefetched(&self, first: u64, pages: u64, zero: bool) {
+        if pages == 0 {
+            return;
+        }
+        let kind = if zero { EventKind::InstallZero } else { EventKind::Install };
+        self.timeline.add(kind, (first, pages), Duration::ZERO, true);
         let counter = if zero { &self.prefetched_zero_pages } else { &self.prefetched_pages };
         counter.fetch_add(pages, Ordering::Relaxed);
         let now_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -218,6 +354,10 @@ impl Restore {
         first
     }
 
+    pub(crate) fn was_killed(&self) -> bool {
+        matches!(*self.end.lock(), Some(End::Killed(_)))
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
         self.end.lock().is_some()
     }
@@ -227,6 +367,7 @@ impl Restore {
         let since = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         let first_prefetch_us = Some(load(&self.first_prefetch_us)).filter(|us| *us != u64::MAX);
         let fault = |class: FaultClass| self.faults[class as usize].summary();
+        let counts = self.counts();
         RestoreReport {
             id: self.id,
             snapshot: self.snapshot,
@@ -238,8 +379,13 @@ impl Restore {
             planned_zero_pages: load(&self.planned_zero_pages),
             prefetched_pages: load(&self.prefetched_pages),
             prefetched_zero_pages: load(&self.prefetched_zero_pages),
-            late_pages: load(&self.late_pages),
+            late_pages: if counts.sampled { 0 } else { counts.touched },
+            hit_pages: if counts.sampled { counts.touched } else { 0 },
             missed_pages: load(&self.missed_pages),
+            missed_zero_pages: load(&self.missed_zero_pages),
+            settled: self.settled.load(Ordering::Relaxed),
+            fit: Fit::new(&counts),
+            inert: self.is_inert(),
             failed_prefetch_frames: load(&self.failed_prefetch_frames),
             recorded_pages: load(&self.recorded_pages),
             removed_pages: load(&self.removed_pages),

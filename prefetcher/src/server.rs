@@ -9,20 +9,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use reap_store::{FileKind, Snapshot, WorkingSet};
 
 use crate::accept::{Acceptor, Arrival, Bound};
 use crate::engine::{Engine, finish_recording};
 use crate::handshake::HandshakeError;
-use crate::page_state::PageState;
-use crate::pending::Pending;
+use crate::memory::GuestMemory;
 use crate::recording::{OnRecorded, Recording};
-use crate::report::{Restore, RestoreReport};
+use crate::report::{Restore, RestoreReport, SAMPLE};
+use crate::timeline::Timeline;
 use crate::uffd::Uffd;
 use crate::vm::Vm;
 use crate::vmm::Vmm;
-use crate::{fault, prefetch};
+use crate::{fault, hand_over, plan, prefetch};
 
 /// Ended restores that are remembered.
 const REMEMBERED_RESTORES: usize = 256;
@@ -60,8 +60,13 @@ pub enum Mode {
     /// Faults only, and the first touches go to the callback once they stop coming. It runs on the
     /// fault thread and must not wait.
     Record(OnRecorded),
+    /// The same with a working set whose frames are brought into memory, so that faults are cheap;
+    /// nothing is installed, so that all touches are seen.
+    Sample(Arc<WorkingSet>, OnRecorded),
     /// The working set is installed ahead, the rest on demand.
     Prefetch(Arc<WorkingSet>),
+    /// The same, and what had to be faulted in all the same goes to the callback.
+    Learn(Arc<WorkingSet>, OnRecorded),
 }
 
 impl Mode {
@@ -69,7 +74,8 @@ impl Mode {
         match self {
             Self::Demand => "demand",
             Self::Record(_) => "record",
-            Self::Prefetch(_) => "prefetch",
+            Self::Sample(..) => SAMPLE,
+            Self::Prefetch(_) | Self::Learn(..) => "prefetch",
         }
     }
 }
@@ -104,7 +110,12 @@ impl Default for ServerConfig {
 /// Serves guest memory by userfaultfd on two threads, whatever the number of VMs.
 pub struct Server {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Option<Threads>>,
+}
+
+struct Threads {
+    faults: JoinHandle<()>,
+    accept: JoinHandle<()>,
 }
 
 struct Shared {
@@ -132,11 +143,11 @@ impl Server {
         let (engine, accepting) = (shared.engine.clone(), shared.clone());
         let faults = std::thread::Builder::new().name("faults".into());
         let accept = std::thread::Builder::new().name("accept".into());
-        let threads = vec![
-            faults.spawn(move || engine.run()).map_err(system)?,
-            accept.spawn(move || accepting.acceptor.run()).map_err(system)?,
-        ];
-        Ok(Self { shared, threads: Mutex::new(threads) })
+        let threads = Threads {
+            faults: faults.spawn(move || engine.run()).map_err(system)?,
+            accept: accept.spawn(move || accepting.acceptor.run()).map_err(system)?,
+        };
+        Ok(Self { shared, threads: Mutex::new(Some(threads)) })
     }
 
     /// Listens on a Unix socket at `path`, and serves each VM that connects from `snapshot`;
@@ -182,6 +193,13 @@ impl Server {
         self.shared.restores.lock().iter().map(|restore| restore.report()).collect()
     }
 
+    /// What a restore did when, and what it did in all.
+    pub fn timeline(&self, id: u64) -> Option<(RestoreReport, Timeline)> {
+        let restores = self.shared.restores.lock();
+        let restore = restores.iter().find(|restore| restore.id == id)?;
+        Some((restore.report(), restore.timeline.timeline()))
+    }
+
     /// Ends the recording of a restore now; whether there was one.
     pub fn settle(&self, id: u64) -> bool {
         let vms = self.shared.engine.vms();
@@ -200,7 +218,10 @@ impl Server {
         for path in paths {
             self.unbind(&path);
         }
+        let Some(threads) = self.threads.lock().take() else { return (0, 0) };
+        // To its end: a VM that is taken in after the others were listed would read zeros.
         self.shared.acceptor.stop();
+        threads.accept.join().unwrap_or_default();
         let by = Instant::now() + deadline;
         let queue = Mutex::new(self.shared.engine.vms());
         let (handed_over, ended) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -217,9 +238,7 @@ impl Server {
             }
         });
         self.shared.engine.stop();
-        for thread in self.threads.lock().drain(..) {
-            thread.join().unwrap_or_default();
-        }
+        threads.faults.join().unwrap_or_default();
         let count =
             |counter: AtomicU64| usize::try_from(counter.into_inner()).unwrap_or(usize::MAX);
         (count(handed_over), count(ended))
@@ -228,9 +247,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if !self.threads.lock().is_empty() {
-            self.stop(Duration::ZERO);
-        }
+        self.stop(Duration::ZERO);
     }
 }
 
@@ -259,7 +276,6 @@ impl Shared {
         let uffd = Uffd::new(uffd).map_err(socket_error)?;
         let id = self.next_restore.fetch_add(1, Ordering::Relaxed) + 1;
         let restore = Arc::new(Restore::new(id, snapshot.id(), vmm.pid(), mode.name()));
-        self.remember(restore.clone());
         tracing::info!(
             "restore {id}: VMM {} from {} in mode {}",
             vmm.pid(),
@@ -267,36 +283,39 @@ impl Shared {
             mode.name()
         );
         let units = layout.file_units();
-        let (recording, set) = match mode {
+        let install = matches!(mode, Mode::Prefetch(_) | Mode::Learn(..));
+        let (done, set) = match mode {
             Mode::Demand => (None, None),
-            Mode::Record(done) => {
-                let pages = snapshot.files()[file].page_count();
-                let number = u32::try_from(file).unwrap_or(u32::MAX);
-                (Some(Recording::new(number, pages, restore.began, done)), None)
-            }
+            Mode::Record(done) => (Some(done), None),
             Mode::Prefetch(set) => (None, Some(set)),
+            Mode::Sample(set, done) | Mode::Learn(set, done) => (Some(done), Some(set)),
         };
+        let recording = done.map(|done| Recording::new(snapshot, file, restore.began, done));
+        if let Some(set) = &set {
+            plan::note(&restore, set, file);
+        }
+        self.remember(restore.clone());
         let per_unit = layout.pages_per_unit();
         let planned = set.as_ref().map(|set| prefetch::planned_units(set, file, per_unit, units));
         let vm = Arc::new(Vm {
             restore,
             snapshot: snapshot.clone(),
             file,
-            layout,
+            memory: GuestMemory::new(layout, uffd),
             vmm,
-            uffd,
             _socket: socket,
-            state: RwLock::new(PageState::new(units)),
-            pending: Mutex::new(Pending::default()),
             recording: Mutex::new(recording),
             planned,
+            set: set.clone(),
         });
         if let Err(error) = self.engine.add(&vm) {
             vm.kill(&format!("it cannot be watched: {error}"));
             return Err(socket_error(error));
         }
-        if let Some(set) = set {
-            prefetch::start(&vm, &set);
+        match set {
+            Some(set) if install => prefetch::start(&vm, &set),
+            Some(set) => plan::warm(snapshot, &set, file),
+            None => {}
         }
         Ok(())
     }
@@ -314,7 +333,7 @@ impl Shared {
 
     /// Gives a VM all its memory and lets it go; `false` if it had to be ended.
     fn hand_over(&self, vm: &Arc<Vm>, deadline: Instant) -> bool {
-        let outcome = prefetch::populate(vm, deadline);
+        let outcome = hand_over::populate(vm, deadline);
         if outcome.is_ok() && !vm.restore.has_ended() {
             fault::retry(&self.engine, vm);
             self.engine.release(vm);

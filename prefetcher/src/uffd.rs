@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use userfaultfd::{Error, Event, EventBuffer};
 
+use crate::memory::Kernel;
+
 const EAGAIN: i32 = libc::EAGAIN;
 
 /// What an install came to.
@@ -85,37 +87,6 @@ impl Uffd {
         Ok(Self(unsafe { userfaultfd::Uffd::from_raw_fd(raw) }))
     }
 
-    /// Installs `bytes` (whole guest pages) at `address` and wakes who waits for them.
-    pub(crate) fn copy(&self, address: u64, bytes: &[u8]) -> Outcome {
-        let destination = address as *mut libc::c_void;
-        // SAFETY: the kernel reads `bytes`, which is borrowed for the call, and writes only into
-        // ranges that the other process registered with this descriptor.
-        let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), destination, bytes.len(), true) };
-        copied.map_or_else(
-            |error| Outcome::of_error(&error),
-            |bytes| Outcome::Installed(bytes as u64),
-        )
-    }
-
-    /// Installs zeros. Only for 4 KiB pages: the kernel has no huge zero page to give away.
-    pub(crate) fn zero(&self, address: u64, bytes: u64) -> Outcome {
-        let Ok(length) = usize::try_from(bytes) else { return Outcome::Failed(libc::EINVAL) };
-        let start = address as *mut libc::c_void;
-        // SAFETY: the kernel writes only into ranges that the other process registered with this
-        // descriptor; nothing of this process is touched.
-        let zeroed = unsafe { self.0.zeropage(start, length, true) };
-        zeroed.map_or_else(
-            |error| Outcome::of_error(&error),
-            |bytes| Outcome::Installed(bytes as u64),
-        )
-    }
-
-    /// Wakes threads that wait in a range.
-    pub(crate) fn wake(&self, address: u64, bytes: u64) -> io::Result<()> {
-        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-        self.0.wake(address as *mut libc::c_void, length).map_err(io::Error::other)
-    }
-
     /// Gives a range back to the kernel: what is missing there is zeros from now on.
     pub(crate) fn unregister(&self, address: u64, bytes: u64) -> io::Result<()> {
         let length = usize::try_from(bytes).unwrap_or(usize::MAX);
@@ -151,6 +122,36 @@ impl Uffd {
             });
         }
         Ok(events.len() > before)
+    }
+}
+
+impl Kernel for Uffd {
+    fn copy(&self, address: u64, bytes: &[u8]) -> Outcome {
+        let destination = address as *mut libc::c_void;
+        // SAFETY: the kernel reads `bytes`, which is borrowed for the call, and writes only into
+        // ranges that the other process registered with this descriptor.
+        let copied = unsafe { self.0.copy(bytes.as_ptr().cast(), destination, bytes.len(), true) };
+        copied.map_or_else(
+            |error| Outcome::of_error(&error),
+            |bytes| Outcome::Installed(bytes as u64),
+        )
+    }
+
+    fn zero(&self, address: u64, bytes: u64) -> Outcome {
+        let Ok(length) = usize::try_from(bytes) else { return Outcome::Failed(libc::EINVAL) };
+        let start = address as *mut libc::c_void;
+        // SAFETY: the kernel writes only into ranges that the other process registered with this
+        // descriptor; nothing of this process is touched.
+        let zeroed = unsafe { self.0.zeropage(start, length, true) };
+        zeroed.map_or_else(
+            |error| Outcome::of_error(&error),
+            |bytes| Outcome::Installed(bytes as u64),
+        )
+    }
+
+    fn wake(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.0.wake(address as *mut libc::c_void, length).map_err(io::Error::other)
     }
 }
 

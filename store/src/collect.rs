@@ -1,13 +1,13 @@
 //! Collection: deletes what no snapshot needs, while packers pack and readers read.
 //!
-//! [`machine`] decides and does no I/O; `run.rs` carries out what it asks for; `probe.rs` finds out whether
+//! [`machine`] decides and does no I/O; `run.rs` carries out what it asks for; `crate::probe` finds out whether
 //! the store can be trusted with it. The protocol is in `docs/FORMAT.md`.
 
 mod machine;
 #[cfg(test)]
 mod model;
-mod probe;
 mod run;
+mod tidy;
 
 use std::time::Duration;
 
@@ -85,4 +85,28 @@ pub(crate) async fn halt(objects: &Objects, missing: &str) {
 /// the amount calls for a person, [`Damaged`](crate::ErrorKind::Damaged) where an object is missing or wrong.
 pub async fn collect(store: &Store, options: Options) -> Result<Collected, Error> {
     run::run(store, options).await
+}
+
+/// A whole run of the collector over listings of these keys, in which every transaction was given up; how
+/// many it would delete.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz_listings(keys: &[(String, u64)]) -> Result<usize, String> {
+    use machine::{Answer, Collector, Fate, Request};
+    let mut collector = Collector::new();
+    while let Some(request) = collector.next() {
+        let aborted = |txns: std::collections::BTreeSet<SnapshotId>| {
+            Answer::Fates(txns.into_iter().map(|txn| (txn, Fate::Aborted)).collect())
+        };
+        let answer = match request {
+            Request::List(kind) => {
+                let under = |(key, _): &&(String, u64)| key.split('/').next() == Some(kind);
+                Answer::Listed(keys.iter().filter(under).cloned().collect())
+            }
+            Request::Fates(txns) | Request::Settle { txns, .. } => aborted(txns),
+            Request::OwnCondemned => Answer::There(true),
+            Request::Condemn(_) | Request::Delete(_) | Request::Release => Answer::Done,
+        };
+        collector.take(answer)?;
+    }
+    Ok(collector.deleted().len())
 }

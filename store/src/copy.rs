@@ -34,8 +34,16 @@ pub fn copy(
     let snapshot = node.block_on(node.open_id(id))?;
     let lineage = Lineage { automatic: true, index, ..Lineage::default() };
     let name = name.clone();
-    let rewrite =
-        Rewrite { snapshot: &snapshot, node, target, runtime, name, lineage, replaces: false };
+    let rewrite = Rewrite {
+        snapshot: &snapshot,
+        node,
+        target,
+        runtime,
+        name,
+        lineage,
+        replaces: false,
+        spares: None,
+    };
     let (packed, working_sets) = rewrite.run(progress)?;
     Ok(Copied { packed, working_sets })
 }

@@ -47,6 +47,11 @@ impl Error {
     pub fn object(&self) -> &str {
         &self.0.object
     }
+
+    /// What happened to it.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
 }
 
 impl fmt::Display for Error {

@@ -7,6 +7,7 @@
 //! is called there.
 
 pub(crate) mod disk;
+mod hedge;
 mod memory;
 mod ranges;
 mod read;
@@ -24,16 +25,15 @@ use crate::format::frame::{self, FrameEntry};
 use crate::format::keys::{self, PackId};
 use crate::objects::Objects;
 use crate::workers::Workers;
-use crate::{Error, Frame, SnapshotId, Urgency};
+use crate::{Error, Frame, Hash, SnapshotId, Urgency};
+pub use disk::CacheStatus;
 use disk::DiskCache;
+use hedge::Hedging;
 use memory::MemoryCache;
 use ranges::{RangeRead, Shape};
 
 /// Demand requests in flight to a remote store. A bound, not a target: faults are few.
 const DEMAND_REQUESTS: usize = 64;
-/// Prefetch requests in flight to a remote store: enough to fill 10 Gbit/s at the 90 MB/s that one
-/// S3 connection gives.
-const PREFETCH_REQUESTS: usize = 16;
 /// How often bytes that fail verification are asked for: the first time, and once more.
 const READS_OF_DAMAGED: u32 = 2;
 
@@ -76,7 +76,7 @@ impl FrameSpec {
 pub(crate) type Done = Arc<dyn Fn(usize, Result<Frame, Error>) + Send + Sync>;
 
 /// What the fetch path has done since the process started.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize)]
 pub struct FetchCounters {
     /// Requests for ranges, to the store.
     pub store_reads: AtomicU64,
@@ -90,6 +90,12 @@ pub struct FetchCounters {
     pub decoded_frames: AtomicU64,
     /// Requests tried again.
     pub retries: AtomicU64,
+    /// Demand requests that were late and made a second time (also counted as requests).
+    pub hedged_reads: AtomicU64,
+    /// Second requests that were answered first.
+    pub hedges_won: AtomicU64,
+    /// Demand requests that were late, and were not made a second time to spare the store.
+    pub hedges_withheld: AtomicU64,
     /// Frames that failed verification.
     pub damaged_frames: AtomicU64,
 }
@@ -107,7 +113,7 @@ struct Shared {
     flights: Mutex<HashMap<FrameKey, Flight>>,
     open_packs: Mutex<lru::LruCache<ObjectId, Arc<std::fs::File>>>,
     demand_permits: Semaphore,
-    prefetch_permits: Semaphore,
+    hedging: Mutex<Hedging>,
     next_read: AtomicU64,
     counters: FetchCounters,
 }
@@ -140,10 +146,15 @@ impl Fetcher {
             flights: Mutex::default(),
             open_packs: Mutex::new(lru::LruCache::new(open_packs)),
             demand_permits: Semaphore::new(DEMAND_REQUESTS),
-            prefetch_permits: Semaphore::new(PREFETCH_REQUESTS),
+            hedging: Mutex::new(Hedging::new()),
             next_read: AtomicU64::new(0),
             counters: FetchCounters::default(),
         }))
+    }
+
+    /// Runs `task` to its end on this thread, which must not belong to a runtime.
+    pub(crate) fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
+        self.0.runtime.block_on(task)
     }
 
     pub(crate) fn counters(&self) -> &FetchCounters {
@@ -167,6 +178,20 @@ impl Fetcher {
         Some(frame)
     }
 
+    /// Keeps the decoded bytes of a pack's frame in memory, if they match its hash; whether they do.
+    pub(crate) fn keep(&self, spec: &FrameSpec, decoded: &[u8]) -> bool {
+        if self.0.memory.lock().get(&spec.key()).is_some() {
+            return true;
+        }
+        let matches = Hash::of(decoded) == spec.entry.hash;
+        if matches {
+            let frame = Frame::new(decoded.to_vec());
+            let evicted = self.0.memory.lock().insert(spec.key(), frame);
+            drop(evicted);
+        }
+        matches
+    }
+
     /// See [`crate::Snapshot::fetch`]; `wanted` are frames and their tags.
     pub(crate) fn fetch(
         &self,
@@ -177,9 +202,28 @@ impl Fetcher {
         self.fetch_shaped(wanted, urgency, Shape::Spread, done);
     }
 
+    /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
+    /// the thread that decodes it: nothing is gained there by few requests, and bytes that wait for
+    /// another thread to decode them are bytes that wait.
+    pub(crate) fn fetch_working_set(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        done: &Done,
+    ) {
+        let local = self.0.objects.local_root().is_some();
+        let shape = if local { Shape::Alone } else { Shape::Spread };
+        self.fetch_shaped(wanted, urgency, shape, done);
+    }
+
     /// The same, in as few requests as possible: for reading much, where no frame is waited for.
     pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
         self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
+    }
+
+    /// The same, for the sake of the disk cache: also what is decoded in memory already.
+    pub(crate) fn fill(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
+        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::ToDisk, done);
     }
 
     fn fetch_shaped(
@@ -195,7 +239,9 @@ impl Fetcher {
         for (spec, tag) in wanted {
             // Looked up under the flights' lock: `complete` fills memory before it ends a flight,
             // so a frame is always found in one of the two.
-            if let Some(frame) = self.cached(&spec.key()) {
+            if shape != Shape::ToDisk
+                && let Some(frame) = self.cached(&spec.key())
+            {
                 here.push((tag, frame));
                 continue;
             }
@@ -220,9 +266,7 @@ impl Fetcher {
         }
         let reads = self.plan(missing, urgency, shape, &mut flights);
         drop(flights);
-        for read in reads {
-            self.begin(read);
-        }
+        self.begin(reads);
         for (tag, frame) in here {
             done(tag, Ok(frame));
         }
@@ -236,14 +280,14 @@ impl Fetcher {
         shape: Shape,
         flights: &mut HashMap<FrameKey, Flight>,
     ) -> Vec<RangeRead> {
-        let is_cached =
-            |spec: &FrameSpec| self.0.disk.as_ref().is_some_and(|disk| disk.contains(&spec.key()));
-        let (on_disk, in_store): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_cached);
+        let (on_disk, in_store) = match &self.0.disk {
+            Some(disk) => disk.plan(missing),
+            None => (Vec::new(), missing),
+        };
+        let in_store = ranges::merge(in_store, shape);
         let mut reads = Vec::new();
-        // Frames lie apart in the cache: each is a read of its own there.
-        for (specs, from_cache, shape) in [(on_disk, true, Shape::Alone), (in_store, false, shape)]
-        {
-            for group in ranges::merge(specs, shape) {
+        for (groups, from_cache) in [(on_disk, true), (in_store, false)] {
+            for group in groups {
                 let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
                 for spec in &group {
                     if let Some(flight) = flights.get_mut(&spec.key()) {
@@ -268,7 +312,8 @@ impl Fetcher {
     /// more, past the cache.
     fn finish(&self, spec: &FrameSpec, stored: &Bytes, read: &RangeRead) {
         let mut abandoned = AbandonedFlight { fetcher: self, key: Some(spec.key()) };
-        match frame::decode(&spec.entry, stored) {
+        let buffer = |bytes| self.0.workers.spares().take(bytes);
+        match frame::decode_into(&spec.entry, stored, buffer) {
             Ok(decoded) => {
                 self.0.counters.decoded_frames.fetch_add(1, Ordering::Relaxed);
                 if !read.from_cache
@@ -288,7 +333,7 @@ impl Fetcher {
                     disk.remove(&spec.key());
                 }
                 if read.from_cache || read.tries + 1 < READS_OF_DAMAGED {
-                    self.begin(read.again(vec![*spec]));
+                    self.begin(vec![read.again(vec![*spec])]);
                 } else {
                     self.complete(&spec.key(), &Err(Error::damaged(object, why)));
                 }
@@ -324,3 +369,6 @@ impl Drop for AbandonedFlight<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,7 @@ impl SnapshotId {
     }
 
     /// The id with these bytes.
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }
 
@@ -141,6 +141,41 @@ impl serde::Serialize for Name {
     }
 }
 
+/// Longest name of a profile.
+const MAX_PROFILE_BYTES: usize = 64;
+
+/// Which use of a snapshot a working set is for: empty for the usual one, else 1 to 64 characters by the
+/// rule of [`Name`].
+#[derive(Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Profile(String);
+
+impl Profile {
+    /// The profile as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Profile {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        if text.len() > MAX_PROFILE_BYTES {
+            return Err(Error::invalid(format!("{text:?}"), "a profile has at most 64 characters"));
+        }
+        if !text.is_empty() {
+            check_name(text)?;
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
 /// Checks `text` against the rule of [`Name`]; disks are named by the same rule.
 pub fn check_name(text: &str) -> Result<(), Error> {
     let rule = "a name is 1 to 128 of A-Z a-z 0-9 . _ : @ + -, begins with a letter or digit, \
@@ -204,6 +239,13 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "a b", "a..b", "-a", ".a", "ä", "a\n", &"x".repeat(129)]
         {
             assert!(bad.parse::<Name>().is_err(), "{bad}");
+            assert!(bad.is_empty() || bad.parse::<Profile>().is_err(), "{bad}");
         }
+        assert_eq!(
+            "".parse::<Profile>().map_err(|error| error.to_string()),
+            Ok(Profile::default())
+        );
+        assert!("x".repeat(64).parse::<Profile>().is_ok());
+        assert!("x".repeat(65).parse::<Profile>().is_err());
     }
 }

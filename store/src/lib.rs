@@ -18,16 +18,24 @@ pub mod error;
 pub mod export;
 mod fetch;
 pub mod format;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod id;
+pub mod keep;
 pub mod node;
 pub mod objects;
 pub mod pack;
+mod probe;
 mod reader;
+mod reads;
 pub mod repack;
+pub mod repair;
 mod rewrite;
 #[cfg(test)]
 mod simulation;
 pub mod snapshot;
+mod spare;
 pub mod store;
 pub mod usage;
 pub mod verify;
@@ -35,12 +43,16 @@ mod workers;
 pub mod working_set;
 
 pub use error::{Error, ErrorKind};
-pub use fetch::FetchCounters;
-pub use id::{Hash, Name, SnapshotId};
+pub use fetch::{CacheStatus, FetchCounters};
+pub use id::{Hash, Name, Profile, SnapshotId};
+pub use keep::{Filled, Kept};
 pub use node::{Node, NodeConfig};
+pub use reads::ReadLog;
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;
-pub use working_set::{Touch, WorkingSet, WorkingSetRun};
+pub use working_set::{
+    RecordedPage, Touch, WEIGHT_ONE, WorkingSet, WorkingSetContent, WorkingSetRun,
+};
 
 /// Bytes in one page of a file: the unit of dedup, and of every page number in this crate.
 pub const PAGE_SIZE: usize = 4096;

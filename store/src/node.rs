@@ -1,6 +1,8 @@
 //! A node: one process that reads a store. Owns the I/O runtime, the decode threads and the cache.
 
+mod learn;
 mod pin;
+mod reader;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,15 +15,24 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
-use crate::fetch::{FetchCounters, Fetcher};
+use crate::fetch::{CacheStatus, FetchCounters, Fetcher};
 use crate::format::keys;
+use crate::format::manifest::Manifest;
+use crate::format::record::Commit;
+use crate::objects::Connection;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Touch, WorkingSet, working_set};
+use crate::{
+    Error, ErrorKind, Name, Profile, Snapshot, SnapshotId, WorkingSet, WorkingSetContent,
+    working_set,
+};
+pub use learn::Learned;
 pub(crate) use pin::Pin;
 
 /// Pins are renewed this often; the collector never goes by their age, people may.
 const PIN_RENEWAL: Duration = Duration::from_secs(600);
+/// Bytes of the file that holds a node's id: 32 digits and a newline, and nothing longer is read.
+const MOST_IDENTITY_BYTES: u64 = 64;
 /// Threads of the I/O runtime: it moves bytes and waits, decoding is done elsewhere.
 const RUNTIME_THREADS: usize = 2;
 
@@ -35,6 +46,9 @@ pub struct NodeConfig {
     pub cache_dir: Option<PathBuf>,
     /// Most bytes of the disk cache.
     pub disk_cache_bytes: u64,
+    /// Where short-lived readers of this machine keep their identities, if there is no
+    /// `cache_dir`: the pins of one that was killed are cleared away by the next.
+    pub readers_dir: Option<PathBuf>,
     /// Bytes that the disk cache leaves free on its file system.
     pub disk_free_floor_bytes: u64,
     /// Most bytes of decoded frames kept in memory.
@@ -47,6 +61,7 @@ impl NodeConfig {
         Self {
             store_url: store_url.to_owned(),
             cache_dir: None,
+            readers_dir: None,
             disk_cache_bytes: 0,
             disk_free_floor_bytes: 0,
             memory_cache_bytes: 64 << 20,
@@ -68,7 +83,15 @@ struct Inner {
     /// Of snapshots that nobody reads, not deleted yet.
     left_pins: Mutex<Vec<Pin>>,
     /// Held while the node runs: another process with its identity would clear its pins away.
-    _identity: Option<File>,
+    identity: Option<Identity>,
+}
+
+/// What says whose this process's pins are, locked.
+enum Identity {
+    /// A node's, which comes back.
+    Node(#[expect(dead_code, reason = "held for its lock")] File),
+    /// A command's.
+    Reader(reader::Identity),
 }
 
 /// An open snapshot, or one that is being opened or let go: one at a time.
@@ -90,7 +113,14 @@ impl Node {
             .map_err(local)?;
         let store = runtime.block_on(Store::open(&config.store_url))?;
         let (id, identity, disk) = match &config.cache_dir {
-            None => (SnapshotId::random(), None, None),
+            None => {
+                let identity = match &config.readers_dir {
+                    Some(directory) => runtime.block_on(reader::identity(directory, &store)),
+                    None => None,
+                };
+                let id = identity.as_ref().map_or_else(SnapshotId::random, |(id, _)| *id);
+                (id, identity.map(|(_, reader)| Identity::Reader(reader)), None)
+            }
             Some(directory) => {
                 std::fs::create_dir_all(directory)
                     .map_err(|error| Error::local(directory.display(), error))?;
@@ -102,11 +132,16 @@ impl Node {
                 if let Err(error) = runtime.block_on(pin::clear(&store, id)) {
                     tracing::warn!("pins of an earlier process of this node stay: {error}");
                 }
-                (id, Some(identity), disk)
+                (id, Some(Identity::Node(identity)), disk)
             }
         };
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let workers = Workers::new(threads).map_err(local)?;
+        // A command that reads has nobody to give way to.
+        let workers = match config.cache_dir {
+            Some(_) => Workers::for_vms(threads),
+            None => Workers::new(threads),
+        };
+        let workers = workers.map_err(local)?;
         let fetcher = Fetcher::new(
             store.objects().clone(),
             runtime.handle().clone(),
@@ -121,7 +156,7 @@ impl Node {
             fetcher,
             snapshots: Mutex::default(),
             left_pins: Mutex::default(),
-            _identity: identity,
+            identity,
         }));
         let renewed = Arc::downgrade(&node.0);
         node.spawn(async move {
@@ -165,9 +200,19 @@ impl Node {
         self.0.fetcher.counters()
     }
 
-    /// Bytes of decoded frames in memory, and of the disk cache.
-    pub fn cached_bytes(&self) -> (u64, u64) {
-        (self.0.fetcher.memory_bytes(), self.0.fetcher.disk().map_or(0, DiskCache::bytes))
+    /// How the store is reached, and how it bears it.
+    pub fn connection(&self) -> Connection {
+        self.0.store.objects().connection()
+    }
+
+    /// Bytes of decoded frames in memory.
+    pub fn memory_cache_bytes(&self) -> u64 {
+        self.0.fetcher.memory_bytes()
+    }
+
+    /// What the disk cache holds; `None` where there is none.
+    pub fn cache_status(&self) -> Option<CacheStatus> {
+        self.0.fetcher.disk().map(DiskCache::status)
     }
 
     /// The snapshot `id` if it is open on this node already. Never waits.
@@ -178,6 +223,16 @@ impl Node {
     /// Opens a snapshot by id: pins it, checks that it is not removed, reads its manifest. A
     /// snapshot that is open is returned at once.
     pub async fn open_id(&self, id: SnapshotId) -> Result<Arc<Snapshot>, Error> {
+        self.open_as(id, self.0.store.read_snapshot(id)).await
+    }
+
+    /// The same, with its commit record and manifest from wherever `read` gets them: they must be as they
+    /// were committed.
+    pub(crate) async fn open_as(
+        &self,
+        id: SnapshotId,
+        read: impl Future<Output = Result<(Commit, Manifest), Error>>,
+    ) -> Result<Arc<Snapshot>, Error> {
         if let Some(snapshot) = self.opened(id) {
             return Ok(snapshot);
         }
@@ -190,7 +245,7 @@ impl Node {
         let before = turn.take();
         self.0.left_pins.lock().extend(before);
         let mut pin = Pin::new(&self.0.store, self.0.id, id);
-        let opened = pin.open(self.0.store.read_snapshot(id)).await;
+        let opened = pin.open(read).await;
         let opened = opened.map(|(commit, manifest)| {
             Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest))
         });
@@ -235,19 +290,12 @@ impl Node {
         self.0.store.ids().await
     }
 
-    /// The newest usable working set of `snapshot`, if there is one. A damaged or foreign one is
-    /// passed over with a warning: it costs speed, never correctness.
+    /// The newest usable working set of `snapshot` for the usual profile.
     pub async fn working_set(
         &self,
         snapshot: &Arc<Snapshot>,
     ) -> Result<Option<Arc<WorkingSet>>, Error> {
-        for listed in self.0.store.working_sets(snapshot.id()).await? {
-            match self.open_working_set(snapshot, listed).await {
-                Ok(set) => return Ok(Some(set)),
-                Err(error) => tracing::warn!("working set is not used: {error}"),
-            }
-        }
-        Ok(None)
+        self.working_set_of(snapshot, &Profile::default()).await
     }
 
     /// One working set of `snapshot`.
@@ -261,15 +309,14 @@ impl Node {
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }
 
-    /// Packs the touched pages of a recording, in order, and publishes them; answers with the
-    /// sequence number.
+    /// Packs a working set and publishes it; answers with the sequence number.
     pub async fn publish_working_set(
         &self,
         snapshot: &Arc<Snapshot>,
-        touches: &[Touch],
+        content: &WorkingSetContent,
     ) -> Result<u64, Error> {
         let id = snapshot.id();
-        let chunks = working_set::build(snapshot, touches).await?;
+        let chunks = working_set::build(snapshot, content).await?;
         let object = |sequence| (keys::working_set(id, sequence), chunks.clone());
         self.0.store.create_next(&keys::working_sets(id), object).await
     }
@@ -326,6 +373,11 @@ impl Node {
             self.0.left_pins.lock().extend(pin);
         }
         self.delete_left_pins().await;
+        if let Some(Identity::Reader(reader)) = &self.0.identity
+            && self.0.left_pins.lock().is_empty()
+        {
+            reader.is_spent();
+        }
     }
 }
 
@@ -341,7 +393,7 @@ impl Drop for Inner {
 fn open_cache(directory: &Path, config: &NodeConfig) -> Result<DiskCache, Error> {
     let limits =
         Limits { bytes: config.disk_cache_bytes, free_floor: config.disk_free_floor_bytes };
-    DiskCache::open(&directory.join("frames"), limits)
+    DiskCache::open(directory, limits)
 }
 
 /// The random id of the node that uses this directory, made at first use, and the file that holds it,
@@ -358,7 +410,7 @@ fn identity(directory: &Path) -> Result<(SnapshotId, File), Error> {
         .map_err(local)?;
     lock_for_one(&file, directory)?;
     let mut text = String::new();
-    if file.read_to_string(&mut text).is_ok()
+    if (&file).take(MOST_IDENTITY_BYTES).read_to_string(&mut text).is_ok()
         && let Ok(node) = text.trim().parse()
     {
         return Ok((node, file));

@@ -1,28 +1,35 @@
 //! The objects of a store, wherever it is: create-only PUT, GET, ranged GET, LIST, DELETE.
 //!
-//! Retry and time-outs of single requests live here and nowhere else. A local store is written
-//! through `object_store` (which stages, syncs and links), but read directly where it matters.
+//! A remote store is reached through [`remote`], where all time-outs and retries of single requests
+//! are. A local store is written through `object_store` (which stages, syncs and links), but read
+//! directly where it matters.
+
+mod credentials;
+mod errors;
+mod gate;
+mod pace;
+mod remote;
+mod traffic;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::{
-    BackoffConfig, ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
-    PutPayload, RetryConfig,
-};
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use serde::Serialize;
 use url::Url;
 
-use crate::{Error, ErrorKind};
+use crate::{Error, ErrorKind, Urgency};
+use credentials::Credentials;
+use errors::keys_may_be_refused;
+pub(crate) use gate::Pass;
+use remote::Clients;
+use traffic::Traffic;
 
-/// Requests that somebody waits for: short tries, and the fetch path's own deadline around them.
-const DEMAND_TRY: Duration = Duration::from_secs(2);
-/// Everything else: uploads of a pack, listings.
-const BULK_TRY: Duration = Duration::from_secs(60);
-
+/// An upload of at most this is not expected to take longer than any other request.
+const SMALL_UPLOAD_BYTES: usize = 256 << 10;
 /// DELETEs in flight.
 const PARALLEL_DELETES: usize = 16;
 
@@ -37,12 +44,28 @@ pub struct ListedObject {
     pub modified_unix_ms: u64,
 }
 
+/// How a store is reached, and how it bears it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Connection {
+    /// The store's URL as the user wrote it.
+    pub url: String,
+    /// Where its credentials come from.
+    pub credentials: String,
+    /// Answers that meant "slow down".
+    pub throttled_answers: u64,
+    /// Prefetch requests that may be in flight now.
+    pub prefetch_requests: usize,
+    /// Requests other than prefetch and demand that may be in flight now.
+    pub other_requests: usize,
+}
+
 /// Access to the objects of one store. Clones share connections.
 #[derive(Clone)]
 pub struct Objects {
     url: String,
-    bulk: Arc<dyn ObjectStore>,
-    demand: Arc<dyn ObjectStore>,
+    clients: Clients,
+    credentials: Credentials,
+    traffic: Arc<Traffic>,
     prefix: object_store::path::Path,
     local_root: Option<PathBuf>,
 }
@@ -57,21 +80,27 @@ impl Objects {
         }
         let prefix = object_store::path::Path::from_url_path(parsed.path())
             .map_err(|error| Error::invalid(url, error))?;
-        Ok(Self {
-            url: url.to_owned(),
-            bulk: connect_remote(url, &parsed, BULK_TRY)?,
-            demand: connect_remote(url, &parsed, DEMAND_TRY)?,
-            prefix,
-            local_root: None,
-        })
+        let credentials = Credentials::choose(parsed.scheme())?;
+        let traffic = Arc::new(Traffic::new());
+        let clients = Clients::remote(url, &parsed, &credentials, &traffic)?;
+        Ok(Self { url: url.to_owned(), clients, credentials, traffic, prefix, local_root: None })
     }
 
     /// A store of a test's own.
     #[cfg(test)]
     pub(crate) fn over(store: Arc<dyn ObjectStore>) -> Self {
-        let prefix = object_store::path::Path::default();
-        let url = "s3://simulation".to_owned();
-        Self { url, bulk: store.clone(), demand: store, prefix, local_root: None }
+        Self::unwatched("s3://simulation", store, None)
+    }
+
+    fn unwatched(url: &str, store: Arc<dyn ObjectStore>, local_root: Option<PathBuf>) -> Self {
+        Self {
+            url: url.to_owned(),
+            clients: Clients::same(store),
+            credentials: Credentials::None,
+            traffic: Arc::new(Traffic::new()),
+            prefix: object_store::path::Path::default(),
+            local_root,
+        }
     }
 
     fn connect_local(url: &str, parsed: &Url, make_directory: bool) -> Result<Self, Error> {
@@ -90,14 +119,7 @@ impl Objects {
         let system = object_store::local::LocalFileSystem::new_with_prefix(&root)
             .map_err(|error| Error::local(root.display(), error))?
             .with_fsync(true);
-        let system: Arc<dyn ObjectStore> = Arc::new(system);
-        Ok(Self {
-            url: url.to_owned(),
-            bulk: system.clone(),
-            demand: system,
-            prefix: object_store::path::Path::default(),
-            local_root: Some(root),
-        })
+        Ok(Self::unwatched(url, Arc::new(system), Some(root)))
     }
 
     /// The store's URL as the user wrote it.
@@ -114,11 +136,9 @@ impl Objects {
     /// by an earlier try of ours whose answer was lost: every record holds a nonce or lies under a
     /// random name.
     pub async fn create(&self, key: &str, chunks: &[Bytes]) -> Result<(), Error> {
-        let payload: PutPayload = chunks.iter().cloned().collect();
-        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        let error = match self.bulk.put_opts(&self.path(key), payload, options).await {
-            Ok(_) => return Ok(()),
-            Err(error) => self.explain(key, &error),
+        let error = match self.put(key, chunks, PutMode::Create).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
         };
         if error.kind() != ErrorKind::Exists {
             return Err(error);
@@ -141,17 +161,36 @@ impl Objects {
         if same && rest.is_empty() { Ok(()) } else { Err(error) }
     }
 
+    /// Whether the store lets an object that is there be created once more. `bytes` are those that it has, so that nothing
+    /// is changed if it does.
+    pub(crate) async fn is_created_again(&self, key: &str, bytes: Bytes) -> Result<bool, Error> {
+        match self.put(key, &[bytes], PutMode::Create).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Exists => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Writes an object whatever is there: leases and pins are renewed so, nothing else.
     pub async fn overwrite(&self, key: &str, bytes: Vec<u8>) -> Result<(), Error> {
-        let put = self.bulk.put(&self.path(key), PutPayload::from(bytes)).await;
-        put.map(|_| ()).map_err(|error| self.explain(key, &error))
+        self.put(key, &[bytes.into()], PutMode::Overwrite).await
+    }
+
+    async fn put(&self, key: &str, chunks: &[Bytes], mode: PutMode) -> Result<(), Error> {
+        let path = self.path(key);
+        let payload: PutPayload = chunks.iter().cloned().collect();
+        let small = payload.content_length() <= SMALL_UPLOAD_BYTES;
+        let client = if small { &self.clients.bulk } else { &self.clients.upload };
+        let options = PutOptions { mode, ..PutOptions::default() };
+        let put = || client.put_opts(&path, payload.clone(), options.clone());
+        self.ask(key, put).await.map(|_| ())
     }
 
     /// A whole object of at most `limit` bytes.
     pub async fn get(&self, key: &str, limit: u64) -> Result<Bytes, Error> {
-        let options = GetOptions::default();
-        let result = self.bulk.get_opts(&self.path(key), options).await;
-        let result = result.map_err(|error| self.explain(key, &error))?;
+        let path = self.path(key);
+        let get = || self.clients.bulk.get_opts(&path, GetOptions::default());
+        let result = self.ask(key, get).await?;
         if result.meta.size > limit {
             let text = format!("is {} bytes long, over the limit of {limit}", result.meta.size);
             return Err(Error::damaged(key, text));
@@ -159,22 +198,75 @@ impl Objects {
         result.bytes().await.map_err(|error| self.explain(key, &error))
     }
 
-    /// A part of an object; shorter if the object ends before. `patient`: nobody waits for it.
-    pub async fn get_range(
+    /// A part of an object; shorter if the object ends before.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, Error> {
+        let path = self.path(key);
+        self.ask(key, || self.clients.bulk.get_range(&path, range.clone())).await
+    }
+
+    /// The same, tried once: for the fetch path, which retries by itself and knows who waits. A
+    /// prefetch needs a [place](Self::prefetch_pass).
+    pub(crate) async fn try_range(
         &self,
         key: &str,
         range: Range<u64>,
-        patient: bool,
+        urgency: Urgency,
     ) -> Result<Bytes, Error> {
-        let client = if patient { &self.bulk } else { &self.demand };
-        let got = client.get_range(&self.path(key), range).await;
-        got.map_err(|error| self.explain(key, &error))
+        let path = self.path(key);
+        let client = match urgency {
+            Urgency::Demand => &self.clients.demand,
+            Urgency::Prefetch => &self.clients.prefetch,
+        };
+        self.ask_with_keys(key, || client.get_range(&path, range.clone())).await
+    }
+
+    /// Waits until the store can take one more prefetch.
+    pub(crate) async fn prefetch_pass(&self) -> Pass<'_> {
+        self.traffic.prefetch().await
+    }
+
+    /// How the store is reached, and how it bears it.
+    pub fn connection(&self) -> Connection {
+        let (throttled_answers, prefetch_requests, other_requests) = self.traffic.load();
+        Connection {
+            url: self.url.clone(),
+            credentials: self.credentials.describe(),
+            throttled_answers,
+            prefetch_requests,
+            other_requests,
+        }
+    }
+
+    /// Makes a request that is neither demand nor prefetch.
+    async fn ask<T, R>(&self, key: &str, request: impl Fn() -> R) -> Result<T, Error>
+    where
+        R: Future<Output = object_store::Result<T>>,
+    {
+        let _pass = self.traffic.bulk().await;
+        self.ask_with_keys(key, request).await
+    }
+
+    /// Makes a request; once more if it seems that the store did not accept the credentials, and there are
+    /// others now.
+    async fn ask_with_keys<T, R>(&self, key: &str, request: impl Fn() -> R) -> Result<T, Error>
+    where
+        R: Future<Output = object_store::Result<T>>,
+    {
+        let before = self.credentials.generation();
+        let mut answer = request().await;
+        if answer.as_ref().is_err_and(keys_may_be_refused) {
+            self.credentials.renew();
+            if self.credentials.generation() != before {
+                answer = request().await;
+            }
+        }
+        answer.map_err(|error| self.explain(key, &error))
     }
 
     /// The length of an object.
     pub async fn length(&self, key: &str) -> Result<u64, Error> {
-        let head = self.bulk.head(&self.path(key)).await;
-        head.map(|meta| meta.size).map_err(|error| self.explain(key, &error))
+        let path = self.path(key);
+        Ok(self.ask(key, || self.clients.bulk.head(&path)).await?.size)
     }
 
     /// Whether an object is there.
@@ -189,8 +281,8 @@ impl Objects {
     /// All objects whose keys begin with `prefix`, which ends with `/` (or is empty), by key.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ListedObject>, Error> {
         let path = self.path(prefix.trim_end_matches('/'));
-        let listed = self.bulk.list(Some(&path)).try_collect::<Vec<_>>().await;
-        let listed = listed.map_err(|error| self.explain(prefix, &error))?;
+        let list = || self.clients.bulk.list(Some(&path)).try_collect::<Vec<_>>();
+        let listed = self.ask(prefix, list).await?;
         let mut objects: Vec<_> = listed
             .into_iter()
             .filter_map(|meta| {
@@ -208,9 +300,10 @@ impl Objects {
 
     /// Deletes an object; one that is not there is no error.
     pub async fn delete(&self, key: &str) -> Result<(), Error> {
-        match self.bulk.delete(&self.path(key)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.explain(key, &error)),
+        let path = self.path(key);
+        match self.ask(key, || self.clients.bulk.delete(&path)).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            other => other,
         }
     }
 
@@ -222,8 +315,9 @@ impl Objects {
 
     /// Whether anything lies under the store's URL.
     pub async fn any(&self) -> Result<bool, Error> {
-        let first = self.bulk.list(Some(&self.path(""))).try_next().await;
-        first.map(|object| object.is_some()).map_err(|error| self.explain("", &error))
+        let path = self.path("");
+        let first = async || self.clients.bulk.list(Some(&path)).try_next().await;
+        Ok(self.ask("", first).await?.is_some())
     }
 
     fn path(&self, key: &str) -> object_store::path::Path {
@@ -236,93 +330,4 @@ impl Objects {
         let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
         Some(parts.join("/"))
     }
-
-    fn explain(&self, key: &str, error: &object_store::Error) -> Error {
-        use object_store::Error as Source;
-        let kind = match error {
-            Source::NotFound { .. } => ErrorKind::NotFound,
-            Source::AlreadyExists { .. } | Source::Precondition { .. } => ErrorKind::Exists,
-            Source::PermissionDenied { .. } | Source::Unauthenticated { .. } => ErrorKind::Refused,
-            Source::NotSupported { .. } | Source::NotImplemented { .. } => ErrorKind::Refused,
-            _ if self.local_root.is_some() => ErrorKind::Local,
-            _ => ErrorKind::Unreachable,
-        };
-        let object = format!("{}/{key}", self.url.trim_end_matches('/'));
-        match kind {
-            ErrorKind::NotFound => Error::not_found(object, "is not there"),
-            ErrorKind::Exists => Error::exists(object, "is there already"),
-            _ => Error::new(kind, object, chain(error)),
-        }
-    }
-}
-
-fn connect_remote(
-    url: &str,
-    parsed: &Url,
-    per_try: Duration,
-) -> Result<Arc<dyn ObjectStore>, Error> {
-    let invalid = |error: object_store::Error| Error::invalid(url, chain(&error));
-    let options = ClientOptions::new()
-        .with_connect_timeout(Duration::from_secs(2))
-        .with_read_timeout(per_try)
-        .with_timeout(per_try)
-        .with_allow_http(
-            std::env::var("AWS_ENDPOINT_URL").is_ok_and(|at| at.starts_with("http:"))
-                || std::env::var("AWS_ENDPOINT").is_ok_and(|at| at.starts_with("http:"))
-                || std::env::var("AZURE_ENDPOINT").is_ok_and(|at| at.starts_with("http:")),
-        )
-        .with_pool_idle_timeout(Duration::from_secs(60));
-    let retry = RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(50),
-            max_backoff: Duration::from_secs(2),
-            base: 2.0,
-        },
-        max_retries: 4,
-        retry_timeout: per_try * 5,
-    };
-    Ok(match parsed.scheme() {
-        "s3" | "s3a" => Arc::new(
-            object_store::aws::AmazonS3Builder::from_env()
-                .with_url(url)
-                .with_client_options(options)
-                .with_retry(retry)
-                .build()
-                .map_err(invalid)?,
-        ),
-        "gs" => Arc::new(
-            object_store::gcp::GoogleCloudStorageBuilder::from_env()
-                .with_url(url)
-                .with_client_options(options)
-                .with_retry(retry)
-                .build()
-                .map_err(invalid)?,
-        ),
-        "az" | "azure" | "abfs" | "abfss" => Arc::new(
-            object_store::azure::MicrosoftAzureBuilder::from_env()
-                .with_url(url)
-                .with_client_options(options)
-                .with_retry(retry)
-                .build()
-                .map_err(invalid)?,
-        ),
-        other => {
-            let text = format!("unknown scheme {other:?}: use file://, s3://, gs:// or az://");
-            return Err(Error::invalid(url, text));
-        }
-    })
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let next_text = next.to_string();
-        if !text.contains(&next_text) {
-            text = format!("{text}: {next_text}");
-        }
-        cause = next.source();
-    }
-    text.replace('\n', " ")
 }

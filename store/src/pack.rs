@@ -11,6 +11,7 @@ mod index;
 mod lease;
 mod lineage;
 pub(crate) mod machine;
+mod page_hash;
 mod page_table;
 mod parents;
 #[cfg(test)]
@@ -25,9 +26,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
+use crate::fetch::disk::incoming::Leaving;
 use crate::format::manifest::{self, Facts, MAX_FILES};
 use crate::format::record::{PackRef, Statistics};
 use crate::id::check_name;
+use crate::probe::probe_quickly;
 use crate::store::Store;
 use crate::workers::Workers;
 use crate::{Error, FileKind, Name, Node, NodeConfig, Snapshot, SnapshotId, Urgency};
@@ -39,6 +42,9 @@ use upload::PackWriter;
 
 pub(crate) use below::SnapshotFile;
 pub use host::{differences, host_facts};
+#[cfg(feature = "fuzzing")]
+pub(crate) use index::fuzzing as index_fuzzing;
+pub(crate) use lineage::condemned;
 pub use lineage::{BASE_LABEL, Lineage};
 pub(crate) use source::SourceFile;
 
@@ -78,6 +84,9 @@ pub struct Request {
     /// The memory file is a diff over the first parent of the lineage: a hole is the parent's page,
     /// zeros that are there are zero.
     pub diff: bool,
+    /// Directory of this node's reader; what is packed is left for its cache. For remote stores: a local
+    /// one is read in place.
+    pub cache_dir: Option<PathBuf>,
     /// It takes the place of this snapshot: it is committed without a name, and whoever asked moves
     /// the names.
     pub replaces: Option<SnapshotId>,
@@ -96,6 +105,7 @@ impl Request {
             level: 3,
             lineage: Lineage::default(),
             diff: false,
+            cache_dir: None,
             replaces: None,
         }
     }
@@ -127,6 +137,8 @@ pub struct Packed {
     pub manifest_bytes: u64,
     /// Snapshots whose packs it refers to.
     pub parents: Vec<SnapshotId>,
+    /// Bytes of packs that were left for this node's cache.
+    pub left_bytes: u64,
 }
 
 /// Packs `request` into `store`. When it returns `Ok`, another node can restore the snapshot bit
@@ -176,19 +188,38 @@ pub(crate) fn pack_sources(
     sources: &[SourceFile],
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Packed, Error> {
+    if store.objects().local_root().is_none() {
+        runtime.block_on(probe_quickly(store.objects()))?;
+    }
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let workers = Workers::new(threads).map_err(|error| Error::local("starting threads", error))?;
     let mut transaction = Transaction::new(store, request)?;
+    let mut leaving = begin_leaving(store, request, transaction.id())?;
     while let Some(step) = transaction.next() {
         if step == machine::Request::Store {
+            let packs = PackWriter::new(transaction.id(), store, runtime, leaving.as_mut());
             let threads = (&workers, threads);
-            let filled = fill(&transaction, runtime, facts, sources, threads, progress);
+            let filled = fill(&transaction, runtime, packs, (facts, sources), threads, progress);
             runtime.block_on(transaction.stored(filled));
         } else {
             runtime.block_on(transaction.carry_out(step));
         }
     }
-    transaction.end()
+    let packed = transaction.end()?;
+    Ok(Packed { left_bytes: leaving.map_or(0, Leaving::hand_over), ..packed })
+}
+
+fn begin_leaving(
+    store: &Store,
+    request: &Request,
+    txn: SnapshotId,
+) -> Result<Option<Leaving>, Error> {
+    let Some(directory) = &request.cache_dir else { return Ok(None) };
+    if store.objects().local_root().is_some() {
+        let text = "a local store is read in place and has no cache: pack without it";
+        return Err(Error::invalid(directory.display(), text));
+    }
+    Leaving::begin(directory, txn).map(Some)
 }
 
 /// The snapshot that a diff lies over, opened (and so pinned) by a reader of its own.
@@ -202,7 +233,9 @@ impl DiffBase {
         let Some(parent) = request.lineage.parents.first() else {
             return Err(Error::invalid(&request.name, "a diff needs its parent: give --parent"));
         };
-        let node = Node::start(&NodeConfig::reader(store.objects().url()))?;
+        let readers_dir = request.lineage.index.clone();
+        let reader = NodeConfig::reader(store.objects().url());
+        let node = Node::start(&NodeConfig { readers_dir, ..reader })?;
         let snapshot = node.block_on(node.open_id(*parent))?;
         Ok(Self { node, snapshot })
     }
@@ -212,7 +245,8 @@ impl DiffBase {
         let file = self.snapshot.files().iter().position(is_memory);
         let missing = || Error::invalid(self.snapshot.id(), "has no memory file to differ from");
         let file = file.ok_or_else(missing)?;
-        Ok(SnapshotFile { snapshot: self.snapshot.clone(), file, same_store: true })
+        let snapshot = self.snapshot.clone();
+        Ok(SnapshotFile { snapshot, file, same_store: true, spares: None })
     }
 
     fn close(self) {
@@ -249,14 +283,13 @@ struct Filled {
 fn fill(
     transaction: &Transaction<'_>,
     runtime: &tokio::runtime::Runtime,
-    facts: &Facts,
-    sources: &[SourceFile],
+    packs: PackWriter<'_>,
+    (facts, sources): (&Facts, &[SourceFile]),
     (workers, threads): (&Workers, usize),
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Filled, Error> {
     let request = transaction.request();
     let parents = Arc::new(runtime.block_on(Parents::load(transaction))?);
-    let packs = PackWriter::new(transaction.id(), transaction.store(), runtime);
     let mut builder = Builder::new(transaction.id(), packs, workers, &parents, request.level);
     let total_bytes = sources.iter().map(SourceFile::bytes).sum();
     let mut at = Progress { packed_bytes: 0, total_bytes };

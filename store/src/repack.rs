@@ -4,17 +4,19 @@
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::runtime::Runtime;
 
 use crate::format::keys::PackId;
 use crate::pack::{Lineage, Packed, Progress};
+use crate::repair::Spares;
 use crate::rewrite::Rewrite;
 use crate::usage::Usage;
-use crate::{Error, ErrorKind, Name, Node, SnapshotId};
+use crate::{Error, ErrorKind, Name, Node, Snapshot, SnapshotId};
 
 /// How many snapshots that were repacked just now are parents of the next: relatives share pages.
-const EARLIER_PARENTS: usize = 4;
+pub(crate) const EARLIER_PARENTS: usize = 4;
 
 /// What came of one snapshot.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -80,16 +82,24 @@ fn repack_one(
         return Ok(None);
     }
     let snapshot = node.block_on(node.open_id(id))?;
-    let name: Name = commit.name.parse()?;
-    let rewrite = Rewrite {
-        snapshot: &snapshot,
-        node,
-        target: store,
-        runtime,
-        name,
-        lineage,
-        replaces: true,
-    };
+    replace(node, runtime, &snapshot, lineage, None, left as u64, progress).map(Some)
+}
+
+/// Writes a snapshot once more, moves its names, and removes it; the new one leaves `packs_left` packs
+/// behind.
+pub(crate) fn replace(
+    node: &Node,
+    runtime: &Runtime,
+    snapshot: &Arc<Snapshot>,
+    lineage: Lineage,
+    spares: Option<Arc<Spares>>,
+    packs_left: u64,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Repacked, Error> {
+    let (store, id) = (node.store(), snapshot.id());
+    let name: Name = snapshot.commit().name.parse()?;
+    let rewrite =
+        Rewrite { snapshot, node, target: store, runtime, name, lineage, replaces: true, spares };
     let (packed, working_sets) = rewrite.run(progress)?;
     let mut names = Vec::new();
     for named in runtime.block_on(store.names())? {
@@ -99,8 +109,7 @@ fn repack_one(
     }
     // Last: until here the old one is what its names stand for, or nothing has changed.
     runtime.block_on(store.remove(id, node.id()))?;
-    let packs_left = left as u64;
-    Ok(Some(Repacked { replaced: id, names, working_sets, packs_left, packed }))
+    Ok(Repacked { replaced: id, names, working_sets, packs_left, packed })
 }
 
 #[cfg(test)]

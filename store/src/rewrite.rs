@@ -9,6 +9,7 @@ use crate::format::keys;
 use crate::format::record::Commit;
 use crate::format::{Malformed, frame, working_set};
 use crate::pack::{Lineage, Packed, Progress, Request, SnapshotFile, SourceFile, pack_sources};
+use crate::repair::Spares;
 use crate::store::{ListedWorkingSet, Store};
 use crate::{Error, ErrorKind, Name, Node, Snapshot, SnapshotId};
 
@@ -28,6 +29,8 @@ pub(crate) struct Rewrite<'a> {
     pub(crate) lineage: Lineage,
     /// It takes the old one's place.
     pub(crate) replaces: bool,
+    /// Where frames of packs come from that are missing or damaged.
+    pub(crate) spares: Option<Arc<Spares>>,
 }
 
 impl Rewrite<'_> {
@@ -50,7 +53,8 @@ impl Rewrite<'_> {
         };
         let same_store = self.node.store().id() == self.target.id();
         let source = |file| {
-            SourceFile::below(SnapshotFile { snapshot: self.snapshot.clone(), file, same_store })
+            let (snapshot, spares) = (self.snapshot.clone(), self.spares.clone());
+            SourceFile::below(SnapshotFile { snapshot, file, same_store, spares })
         };
         let sources: Vec<_> = (0..self.snapshot.files().len()).map(source).collect();
         let packed = pack_sources(self.target, self.runtime, &request, &facts, &sources, progress)?;

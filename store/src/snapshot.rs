@@ -11,6 +11,7 @@ use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
 use crate::format::record::Commit;
 use crate::id::Hash;
+use crate::reads::Watchers;
 use crate::{Error, PAGE_SIZE, SnapshotId};
 
 /// What a file of a snapshot is.
@@ -113,6 +114,7 @@ pub struct Snapshot {
     runs: Vec<Vec<Run>>,
     data_pages: Vec<u64>,
     frames: Vec<FrameSpec>,
+    watchers: Watchers,
 }
 
 impl Snapshot {
@@ -131,7 +133,8 @@ impl Snapshot {
             runs.iter().filter(|run| run.frame != ZERO_FRAME).map(|run| u64::from(run.pages)).sum()
         };
         let data_pages = runs.iter().map(data).collect();
-        Self { fetcher, commit, facts, files, runs, data_pages, frames }
+        let watchers = Watchers::default();
+        Self { fetcher, commit, facts, files, runs, data_pages, frames, watchers }
     }
 
     /// The snapshot's id.
@@ -167,17 +170,12 @@ impl Snapshot {
     /// The longest known run at `page` of file number `file`; `None` at or after the end of file.
     /// Pure lookup, microseconds, no I/O.
     pub fn extent(&self, file: usize, page: u64) -> Option<Extent> {
-        let page = u32::try_from(page).ok()?;
-        let runs = self.runs.get(file)?;
-        let after = runs.partition_point(|run| run.first_page <= page);
-        let run = runs[..after].last()?;
-        let skipped = page - run.first_page;
-        let pages = u64::from(run.pages.checked_sub(skipped).filter(|pages| *pages > 0)?);
-        let source = match run.frame {
-            ZERO_FRAME => Source::Zero,
-            frame => Source::Frame { frame: FrameIndex(frame), position: run.position + skipped },
-        };
-        Some(Extent { pages, source })
+        extent(self.runs.get(file)?, page)
+    }
+
+    /// The runs of a file; none where there is no such file.
+    pub(crate) fn runs(&self, file: usize) -> &[Run] {
+        self.runs.get(file).map_or(&[], Vec::as_slice)
     }
 
     /// The extents of `pages` of file number `file`, each with its first page, cut to the range; up
@@ -187,15 +185,7 @@ impl Snapshot {
         file: usize,
         pages: std::ops::Range<u64>,
     ) -> impl Iterator<Item = (u64, Extent)> + '_ {
-        let mut page = pages.start;
-        std::iter::from_fn(move || {
-            let left = pages.end.checked_sub(page).filter(|left| *left > 0)?;
-            let extent = self.extent(file, page)?;
-            let extent = Extent { pages: extent.pages.min(left), ..extent };
-            let first = page;
-            page += extent.pages;
-            Some((first, extent))
-        })
+        extents(self.runs(file), pages)
     }
 
     /// The distinct frames that `pages` of file number `file` come from, in order of their index;
@@ -236,6 +226,28 @@ impl Snapshot {
         self.fetcher.fetch(self.specs(distinct), urgency, &by_frame(done));
     }
 
+    /// Keeps pages of a file that is read through the mount in memory, from `bytes` of them that a working
+    /// set had: whole frames that match their hash as they are, others from their packs.
+    pub fn warm(self: &Arc<Self>, file: usize, first_page: u64, bytes: &[u8]) {
+        let pages = first_page..first_page + (bytes.len() / PAGE_SIZE) as u64;
+        let mut missing = Vec::new();
+        for (page, extent) in self.extents(file, pages) {
+            let Source::Frame { frame, position } = extent.source else { continue };
+            let spec = &self.frames[frame.0 as usize];
+            let whole = position == 0 && extent.pages == u64::from(spec.entry.pages);
+            let from = usize::try_from(page - first_page).unwrap_or(usize::MAX) * PAGE_SIZE;
+            if !whole || !self.fetcher.keep(spec, &bytes[from..][..spec.entry.decoded_bytes()]) {
+                missing.push(frame);
+            }
+        }
+        // One that cannot be had costs speed only, and whoever reads it will be told.
+        self.fetch(&missing, Urgency::Prefetch, |_, _| {});
+    }
+
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.watchers
+    }
+
     /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the
     /// lower urgency.
     pub(crate) fn stream(
@@ -255,6 +267,11 @@ impl Snapshot {
         indices.map(|index| (self.frames[index], index))
     }
 
+    /// What the fetch path needs of every frame.
+    pub(crate) fn all_specs(&self) -> &[FrameSpec] {
+        &self.frames
+    }
+
     /// Where a frame is packed.
     pub(crate) fn packed_frame(&self, frame: FrameIndex) -> Option<(PackId, FrameEntry)> {
         let spec = self.frames.get(frame.0 as usize)?;
@@ -262,6 +279,11 @@ impl Snapshot {
             ObjectId::Pack(pack) => Some((pack, spec.entry)),
             ObjectId::WorkingSet(..) => None,
         }
+    }
+
+    /// Runs `task` to its end on this thread, which must not belong to a runtime.
+    pub(crate) fn block_on<T>(&self, task: impl Future<Output = T>) -> T {
+        self.fetcher.block_on(task)
     }
 
     pub(crate) fn fetcher(&self) -> &Fetcher {
@@ -276,6 +298,36 @@ impl Snapshot {
     pub fn frame_count(&self) -> u32 {
         u32::try_from(self.frames.len()).unwrap_or(u32::MAX)
     }
+}
+
+/// The longest known run at `page` of a file with these runs.
+fn extent(runs: &[Run], page: u64) -> Option<Extent> {
+    let page = u32::try_from(page).ok()?;
+    let after = runs.partition_point(|run| run.first_page <= page);
+    let run = runs[..after].last()?;
+    let skipped = page - run.first_page;
+    let pages = u64::from(run.pages.checked_sub(skipped).filter(|pages| *pages > 0)?);
+    let source = match run.frame {
+        ZERO_FRAME => Source::Zero,
+        frame => Source::Frame { frame: FrameIndex(frame), position: run.position + skipped },
+    };
+    Some(Extent { pages, source })
+}
+
+/// See [`Snapshot::extents`].
+pub(crate) fn extents(
+    runs: &[Run],
+    pages: std::ops::Range<u64>,
+) -> impl Iterator<Item = (u64, Extent)> + '_ {
+    let mut page = pages.start;
+    std::iter::from_fn(move || {
+        let left = pages.end.checked_sub(page).filter(|left| *left > 0)?;
+        let extent = extent(runs, page)?;
+        let extent = Extent { pages: extent.pages.min(left), ..extent };
+        let first = page;
+        page += extent.pages;
+        Some((first, extent))
+    })
 }
 
 /// `done` for the fetch path, which gives back the index that a frame was asked under.

@@ -6,14 +6,15 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
 use crate::format::keys;
-use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest};
+use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest, Run};
 use crate::format::record::{
     self, Commit, Decision, MAX_RECORD_BYTES, Marker, Record, Reference, StoreRecord, VERSION,
 };
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
+use crate::format::{Malformed, require};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun};
+use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun, probe, snapshot};
 
 /// Records that are read at the same time when many are.
 const PARALLEL_READS: usize = 32;
@@ -56,11 +57,18 @@ impl Store {
         if objects.exists(keys::FORMAT).await? {
             return Err(Error::exists(url, "is a store already"));
         }
+        // A killed `init` leaves its staged record at most.
+        let is_staged = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b"format#");
         let stray = objects.local_root().is_some_and(|root| {
-            std::fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some())
+            std::fs::read_dir(root).is_ok_and(|mut entries| {
+                entries.any(|entry| entry.is_ok_and(|entry| !is_staged(&entry.file_name())))
+            })
         });
         if stray || objects.any().await? {
             return Err(Error::refused(url, "is not empty: choose an empty place for a new store"));
+        }
+        if objects.local_root().is_none() {
+            probe::probe(&objects).await?;
         }
         let record = StoreRecord {
             version: VERSION,
@@ -99,6 +107,12 @@ impl Store {
         Ok(Self { objects, record })
     }
 
+    /// An error of kind [`ErrorKind::Refused`] if the store does not keep create-only, on which packing and collection
+    /// are built. Writes and deletes some small objects.
+    pub async fn probe(&self) -> Result<(), Error> {
+        probe::probe(&self.objects).await
+    }
+
     /// The store's random id.
     pub fn id(&self) -> SnapshotId {
         self.record.store
@@ -111,13 +125,21 @@ impl Store {
 
     /// What `name` stands for.
     pub async fn resolve(&self, name: &Name) -> Result<SnapshotId, Error> {
-        let newest = self.newest_sequence(&keys::refs(name)).await?;
+        let records = keys::refs(name);
+        // Most names are given once: the first record is read while it is asked which is the newest.
+        let (newest, first) = futures::join!(
+            self.newest_sequence(&records),
+            self.reference(name, keys::FIRST_SEQUENCE)
+        );
         let missing = || {
             let text = "there is no snapshot of this name: 'reap-pack ls' lists them";
             Error::not_found(name, text)
         };
-        let sequence = newest.ok_or_else(missing)?;
-        Ok(self.reference(name, sequence).await?.snapshot)
+        let reference = match newest?.ok_or_else(missing)? {
+            keys::FIRST_SEQUENCE if first.is_ok() => first,
+            sequence => self.reference(name, sequence).await,
+        };
+        Ok(reference?.snapshot)
     }
 
     async fn reference(&self, name: &Name, sequence: u64) -> Result<Reference, Error> {
@@ -202,7 +224,11 @@ impl Store {
         let (commit, object) =
             futures::join!(self.commit(id), self.objects.get(&key, MAX_MANIFEST_BYTES));
         let commit = commit?;
-        let object = object?;
+        let mut object = object?;
+        if Hash::of(&object) != commit.manifest_hash {
+            // As in `read_record`.
+            object = self.objects.get(&key, MAX_MANIFEST_BYTES).await?;
+        }
         if Hash::of(&object) != commit.manifest_hash {
             return Err(Error::damaged(key, "does not match the hash in its commit record"));
         }
@@ -283,10 +309,26 @@ impl Store {
         snapshot: &Snapshot,
         listed: ListedWorkingSet,
     ) -> Result<Header, Error> {
-        let key = keys::working_set(snapshot.id(), listed.sequence);
-        let damaged = |why: crate::format::Malformed| Error::damaged(&key, why);
+        let (id, manifest_hash) = (snapshot.id(), snapshot.manifest_hash());
+        let runs = |file: usize| snapshot.runs(file);
+        self.bound_working_set(id, manifest_hash, runs, listed).await
+    }
+
+    /// The same, of a snapshot that is not open: its manifest's hash, and the runs of its files.
+    pub(crate) async fn bound_working_set<'a>(
+        &self,
+        snapshot: SnapshotId,
+        manifest_hash: Hash,
+        runs: impl Fn(usize) -> &'a [Run],
+        listed: ListedWorkingSet,
+    ) -> Result<Header, Error> {
+        let key = keys::working_set(snapshot, listed.sequence);
+        let damaged = |why: Malformed| Error::damaged(&key, why);
+        if listed.stored_bytes < PRELUDE_BYTES as u64 {
+            return Err(Error::damaged(&key, "is truncated"));
+        }
         let first = listed.stored_bytes.min(FIRST_READ_BYTES);
-        let mut bytes = self.objects.get_range(&key, 0..first, false).await?;
+        let mut bytes = self.objects.get_range(&key, 0..first).await?;
         if bytes.len() < PRELUDE_BYTES {
             return Err(Error::damaged(&key, "is truncated"));
         }
@@ -295,32 +337,11 @@ impl Store {
             return Err(Error::damaged(&key, "is truncated"));
         }
         if end > bytes.len() as u64 {
-            bytes = self.objects.get_range(&key, 0..end, false).await?;
+            bytes = self.objects.get_range(&key, 0..end).await?;
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
         let header = working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)?;
-        if header.snapshot != snapshot.id() || header.manifest_hash != snapshot.manifest_hash() {
-            return Err(Error::damaged(key, "was recorded from another snapshot"));
-        }
-        let files = snapshot.files();
-        let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
-            let file = files.get(run.file as usize);
-            file.is_some_and(|file| run.first_page + u64::from(run.pages) <= file.page_count())
-        });
-        if !inside {
-            return Err(Error::damaged(key, "has pages outside its files"));
-        }
-        // A page of zeros that is not zero would be a wrong byte in a guest.
-        let all = |runs: &[WorkingSetRun], zero: bool| {
-            let mut extents = runs.iter().flat_map(|run| {
-                let pages = run.first_page..run.first_page + u64::from(run.pages);
-                snapshot.extents(run.file as usize, pages)
-            });
-            extents.all(|(_, extent)| (extent.source == Source::Zero) == zero)
-        };
-        if !all(&header.zero_runs, true) || !all(&header.runs, false) {
-            return Err(Error::damaged(key, "has other zero pages than its snapshot"));
-        }
+        check_bound(&header, snapshot, manifest_hash, runs).map_err(damaged)?;
         Ok(header)
     }
 
@@ -349,6 +370,32 @@ impl Store {
     }
 }
 
+/// A working set may be installed in guests of this snapshot and of no other, and has no page of zeros that
+/// is not zero there: that would be a wrong byte in a guest.
+pub(crate) fn check_bound<'a>(
+    header: &Header,
+    snapshot: SnapshotId,
+    manifest_hash: Hash,
+    runs: impl Fn(usize) -> &'a [Run],
+) -> Result<(), Malformed> {
+    let ours = header.snapshot == snapshot && header.manifest_hash == manifest_hash;
+    require(ours, "was recorded from another snapshot")?;
+    let end = |run: &WorkingSetRun| run.first_page + u64::from(run.pages);
+    let inside = header.runs.iter().chain(&header.zero_runs).all(|run| {
+        let last = runs(run.file as usize).last();
+        last.is_some_and(|last| end(run) <= u64::from(last.first_page) + u64::from(last.pages))
+    });
+    require(inside, "has pages outside its files")?;
+    let all = |recorded: &[WorkingSetRun], zero: bool| {
+        let mut extents = recorded
+            .iter()
+            .flat_map(|run| snapshot::extents(runs(run.file as usize), run.first_page..end(run)));
+        extents.all(|(_, extent)| (extent.source == Source::Zero) == zero)
+    };
+    let same = all(&header.zero_runs, true) && all(&header.runs, false);
+    require(same, "has other zero pages than its snapshot")
+}
+
 /// The record that makes `name` stand for `snapshot`: its key and its bytes.
 fn name_record(
     name: &Name,
@@ -366,8 +413,11 @@ fn name_record(
     (keys::reference(name, sequence), vec![record::seal(&reference).into()])
 }
 
-/// Reads a sealed record.
+/// Reads a sealed record. One that does not unseal is read once more: it may be whole in the store.
 pub(crate) async fn read_record<T: Record>(objects: &Objects, key: &str) -> Result<T, Error> {
-    let bytes = objects.get(key, MAX_RECORD_BYTES).await?;
-    record::unseal(&bytes).map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
+    let mut unsealed = record::unseal(&objects.get(key, MAX_RECORD_BYTES).await?);
+    if unsealed.is_err() {
+        unsealed = record::unseal(&objects.get(key, MAX_RECORD_BYTES).await?);
+    }
+    unsealed.map_err(|why| Error::damaged(format!("{}/{key}", objects.url()), why))
 }

@@ -21,6 +21,8 @@ pub struct SnapshotUsage {
     pub raw_bytes: u64,
     /// Bytes of its pages that are not zero.
     pub data_bytes: u64,
+    /// Bytes of the distinct pages in the frames that it refers to, decoded.
+    pub unique_bytes: u64,
     /// Stored bytes of the frames that it refers to, in its own packs and in others.
     pub stored_bytes: u64,
     /// Of those, what no other snapshot refers to: what removing it would free in the end.
@@ -55,6 +57,8 @@ pub struct Usage {
     /// Bytes of packs, manifests and working sets that no snapshot refers to and no packer is
     /// writing: collection frees them.
     pub garbage_bytes: u64,
+    /// The same, by the transaction that wrote them: removed snapshots, and packers that were given up.
+    pub garbage: BTreeMap<SnapshotId, u64>,
     /// Bytes in packs that are in use, but not these bytes: repacking frees them.
     pub dead_bytes: u64,
     /// Packs of transactions that are not decided and have a lease.
@@ -117,10 +121,11 @@ fn add_snapshot(
     manifest: &Manifest,
 ) {
     let number = usage.snapshots.len();
-    let mut stored_bytes = 0;
+    let (mut stored_bytes, mut unique_bytes) = (0, 0);
     for frame in &manifest.frames {
         let pack = manifest.packs[frame.pack as usize].0;
         stored_bytes += u64::from(frame.entry.stored_bytes);
+        unique_bytes += frame.entry.decoded_bytes() as u64;
         frames
             .entry((pack, frame.entry.offset))
             .and_modify(|live| live.owner = live.owner.filter(|owner| *owner == number))
@@ -143,6 +148,7 @@ fn add_snapshot(
         packed_as: commit.name.clone(),
         raw_bytes,
         data_bytes: data_pages * PAGE_SIZE as u64,
+        unique_bytes,
         stored_bytes,
         exclusive_bytes: 0,
         manifest_bytes: commit.manifest_bytes,
@@ -182,7 +188,10 @@ fn add_objects(usage: &mut Usage, objects: &[crate::objects::ListedObject]) {
         match (live, leased.contains(&owner)) {
             (true, _) => {}
             (false, true) => usage.unfinished_bytes += object.bytes,
-            (false, false) => usage.garbage_bytes += object.bytes,
+            (false, false) => {
+                usage.garbage_bytes += object.bytes;
+                *usage.garbage.entry(owner).or_default() += object.bytes;
+            }
         }
     }
 }

@@ -4,10 +4,18 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::Urgency;
+use crate::spare::Spares;
+
+/// Added to the nice value of the threads that take any job, so that a long prefetch leaves the processors to those who
+/// wait: other VMs, their fault thread, and the thread for demand.
+const PRIORITY: i32 = 10;
+/// A thread that had nothing to do for so long prepares memory for the next start.
+const IDLE: Duration = Duration::from_millis(2);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -23,6 +31,7 @@ struct Shared {
     any: Condvar,
     /// The one thread that takes demand only, so that demand never waits for a long prefetch job.
     demand: Condvar,
+    spares: Spares,
 }
 
 #[derive(Default)]
@@ -35,10 +44,21 @@ struct Queues {
 impl Workers {
     /// `threads` threads for everything, and one for demand alone.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        Self::start(threads, Spares::default())
+    }
+
+    /// The same on a node that serves VMs: with buffers for what is read and decoded, and with threads that
+    /// give way to the VMs and to demand.
+    pub(crate) fn for_vms(threads: usize) -> std::io::Result<Self> {
+        Self::start(threads, Spares::kept())
+    }
+
+    fn start(threads: usize, spares: Spares) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             queues: Mutex::default(),
             any: Condvar::new(),
             demand: Condvar::new(),
+            spares,
         });
         let mut workers = Self { shared: shared.clone(), threads: Vec::new() };
         for number in 0..=threads {
@@ -51,18 +71,38 @@ impl Workers {
         Ok(workers)
     }
 
+    /// Buffers for what is read and decoded; the threads see to it when they are idle.
+    pub(crate) fn spares(&self) -> &Spares {
+        &self.shared.spares
+    }
+
     /// Runs `job` soon. Never waits.
     pub(crate) fn submit(&self, urgency: Urgency, job: impl FnOnce() + Send + 'static) {
+        self.submit_all(urgency, std::iter::once(job));
+    }
+
+    /// Runs `jobs` soon, begun in their order. Never waits.
+    pub(crate) fn submit_all<Work: FnOnce() + Send + 'static>(
+        &self,
+        urgency: Urgency,
+        jobs: impl Iterator<Item = Work>,
+    ) {
         let mut queues = self.shared.queues.lock();
-        match urgency {
-            Urgency::Demand => {
-                queues.demand.push_back(Box::new(job));
-                self.shared.demand.notify_one();
-            }
-            Urgency::Prefetch => queues.prefetch.push_back(Box::new(job)),
-        }
+        let queue = match urgency {
+            Urgency::Demand => &mut queues.demand,
+            Urgency::Prefetch => &mut queues.prefetch,
+        };
+        let before = queue.len();
+        queue.extend(jobs.map(|job| Box::new(job) as Job));
+        let added = queue.len() - before;
         drop(queues);
-        self.shared.any.notify_one();
+        if urgency == Urgency::Demand && added > 0 {
+            self.shared.demand.notify_one();
+        }
+        // A thread that is awake takes the next job without being told.
+        for _ in 0..added.min(self.threads.len()) {
+            self.shared.any.notify_one();
+        }
     }
 }
 
@@ -87,6 +127,13 @@ impl Drop for Workers {
 }
 
 fn work(shared: &Shared, demand_only: bool) {
+    if shared.spares.are_kept()
+        && !demand_only
+        && let Err(error) = rustix::process::nice(PRIORITY)
+    {
+        tracing::warn!("a decode thread keeps its priority: {error}");
+    }
+    let mut has_spares = false;
     let mut queues = shared.queues.lock();
     loop {
         if queues.stopping {
@@ -97,11 +144,19 @@ fn work(shared: &Shared, demand_only: bool) {
             job => job,
         };
         let Some(job) = job else {
-            let condition = if demand_only { &shared.demand } else { &shared.any };
-            condition.wait(&mut queues);
+            if demand_only {
+                shared.demand.wait(&mut queues);
+            } else if !has_spares {
+                if shared.any.wait_for(&mut queues, IDLE).timed_out() {
+                    has_spares = MutexGuard::unlocked(&mut queues, || !shared.spares.add_one());
+                }
+            } else {
+                shared.any.wait(&mut queues);
+            }
             continue;
         };
         drop(queues);
+        has_spares = false;
         // A panic is our bug; it must not take a thread from every later job with it. Whoever
         // waits for this job learns of it because the job's captured state is dropped.
         if catch_unwind(AssertUnwindSafe(job)).is_err() {

@@ -8,15 +8,17 @@
     reason = "a test binary counts with small numbers, and may print"
 )]
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use reap_store::pack::{Input, Lineage, Packed, Request, pack};
+use reap_store::verify::{Options, Report, verify};
 use reap_store::{
     Error, ErrorKind, FileKind, FrameIndex, Node, NodeConfig, PAGE_SIZE, Snapshot, SnapshotId,
-    Source, Store, Touch, Urgency,
+    Source, Store, Touch, Urgency, WorkingSetContent,
 };
 
 #[path = "store/collect.rs"]
@@ -25,10 +27,16 @@ mod collect;
 mod dedup;
 #[path = "store/rewrite.rs"]
 mod rewrite;
+#[path = "store/verify_levels.rs"]
+mod verify_levels;
+
+/// If set, stores are made under this URL instead of in local directories: `tests/servers/test-s3.sh`.
+const REMOTE: &str = "REAP_TEST_S3_STORE";
 
 struct Fixture {
     directory: tempfile::TempDir,
     runtime: tokio::runtime::Runtime,
+    url: String,
 }
 
 /// Pages with some structure: compressible, incompressible, zero, and repeated ones.
@@ -63,9 +71,12 @@ impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("temporary directory");
         let runtime = tokio::runtime::Runtime::new().expect("runtime");
-        let fixture = Self { directory, runtime };
-        fixture.runtime.block_on(Store::init(&fixture.url())).expect("store is made");
-        fixture
+        let url = match std::env::var(REMOTE) {
+            Ok(base) => format!("{base}/{}", SnapshotId::random()),
+            Err(_) => format!("file://{}/store", directory.path().display()),
+        };
+        runtime.block_on(Store::init(&url)).expect("store is made");
+        Self { directory, runtime, url }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -73,7 +84,7 @@ impl Fixture {
     }
 
     fn url(&self) -> String {
-        format!("file://{}/store", self.directory.path().display())
+        self.url.clone()
     }
 
     fn store(&self) -> Store {
@@ -102,19 +113,50 @@ impl Fixture {
             .expect("packs")
     }
 
-    /// Keys of all pins, of every node.
-    fn pins(&self) -> Vec<String> {
+    /// Keys under some prefixes, of every transaction.
+    fn keys(&self, prefixes: &[&str]) -> BTreeSet<String> {
         let store = self.store();
-        let listed = self.runtime.block_on(store.objects().list("pin")).expect("lists");
-        listed.into_iter().map(|object| object.key).collect()
+        let list = |prefix: &&str| {
+            self.runtime.block_on(store.objects().list(prefix)).expect("lists").into_iter()
+        };
+        prefixes.iter().flat_map(list).map(|object| object.key).collect()
     }
 
+    fn create(&self, key: &str, text: &str) {
+        self.overwrite(key, text.into());
+    }
+
+    /// Keys of all pins, of every node.
+    fn pins(&self) -> Vec<String> {
+        self.keys(&["pin"]).into_iter().collect()
+    }
+
+    fn delete(&self, key: &str) {
+        self.runtime.block_on(self.store().objects().delete(key)).expect("is deleted");
+    }
+
+    fn object(&self, key: &str) -> Vec<u8> {
+        let store = self.store();
+        self.runtime.block_on(store.objects().get(key, 1 << 30)).expect("is read").into()
+    }
+
+    /// Puts other bytes in the place of an object's.
+    fn overwrite(&self, key: &str, bytes: Vec<u8>) {
+        let store = self.store();
+        self.runtime.block_on(store.objects().overwrite(key, bytes)).expect("is written");
+    }
+
+    /// Files of a local store.
     fn objects_under(&self, kind: &str) -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(self.path("store").join(kind)) else {
             return Vec::new();
         };
         entries.map(|entry| entry.expect("entry").path()).collect()
     }
+}
+
+async fn verify_everything(store: &Store, ids: &[SnapshotId]) -> Result<Report, Error> {
+    verify(store, ids, &Options::everything(), &mut |_| {}).await
 }
 
 fn read_all(snapshot: &Arc<Snapshot>, file: usize) -> Result<Vec<u8>, Error> {
@@ -158,8 +200,8 @@ fn what_is_packed_comes_out_bit_for_bit() {
         .expect("exports");
     assert_eq!(files, vec![out.join("memory")]);
     assert!(std::fs::read(out.join("memory")).expect("exported") == memory);
-    assert!(fixture.objects_under("lease").is_empty(), "the lease is given up");
-    assert_eq!(fixture.objects_under("pin").len(), 1);
+    assert!(fixture.keys(&["lease"]).is_empty(), "the lease is given up");
+    assert_eq!(fixture.keys(&["pin"]).len(), 1);
     node.block_on(node.release_pins());
 }
 
@@ -196,7 +238,9 @@ fn a_working_set_gives_the_touched_pages_in_order() {
         .map(|number| Touch { file: 0, page: (number * 37) % 2000, at_us: number * 10 })
         .collect();
     assert!(node.block_on(node.working_set(&snapshot)).expect("lists").is_none());
-    let sequence = node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
+    let sequence = node
+        .block_on(node.publish_working_set(&snapshot, &WorkingSetContent::of_recording(&touches)))
+        .expect("publishes");
     assert_eq!(sequence, 1);
     let set = node.block_on(node.working_set(&snapshot)).expect("lists").expect("is there");
     assert_eq!(set.data_pages() + set.zero_pages(), 600);
@@ -216,6 +260,22 @@ fn a_working_set_gives_the_touched_pages_in_order() {
         seen += u64::from(position);
     }
     assert_eq!(seen, set.data_pages());
+    for page in 0..2000 {
+        let run = |frame: usize| {
+            (set.runs(frame).iter())
+                .find(|run| (run.first_page..run.first_page + u64::from(run.pages)).contains(&page))
+        };
+        let frame = (0..set.frame_count()).find(|frame| run(*frame).is_some());
+        assert_eq!(set.place(0, page).map(|(frame, _)| frame), frame, "page {page}");
+        assert_eq!(set.place(1, page), None);
+        let Some((frame, position)) = set.place(0, page) else { continue };
+        let (sender, receiver) = mpsc::channel();
+        set.fetch_one(frame, Urgency::Demand, move |frame| {
+            sender.send(frame.expect("verified")).expect("receiver");
+        });
+        let expected = &memory[page as usize * PAGE_SIZE..][..PAGE_SIZE];
+        assert!(receiver.recv().expect("called").pages(position, 1) == expected, "page {page}");
+    }
     for run in set.zero_runs() {
         let from = run.first_page as usize * PAGE_SIZE;
         assert!(memory[from..from + run.pages as usize * PAGE_SIZE].iter().all(|byte| *byte == 0));
@@ -261,8 +321,8 @@ fn a_file_that_changes_while_it_is_packed_fails_the_pack() {
     assert!(written);
     let error = outcome.expect_err("noticed");
     assert!(error.to_string().contains("changed while it was packed"), "{error}");
-    assert!(fixture.objects_under("snap").is_empty());
-    assert!(fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["snap"]).is_empty());
+    assert!(fixture.keys(&["lease"]).is_empty());
 }
 
 /// Every changed byte and every truncation of every object is noticed by `verify`, and what can be
@@ -275,10 +335,11 @@ fn damage_anywhere_is_noticed_and_never_read() {
     let node = fixture.node();
     let snapshot = node.block_on(node.open_id(packed.id)).expect("opens");
     let touches: Vec<Touch> = (0..200).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    node.block_on(node.publish_working_set(&snapshot, &touches)).expect("publishes");
+    node.block_on(node.publish_working_set(&snapshot, &WorkingSetContent::of_recording(&touches)))
+        .expect("publishes");
     drop((snapshot, node));
     let store = fixture.store();
-    let verify = || fixture.runtime.block_on(reap_store::verify::verify(&store, &[packed.id]));
+    let verify = || fixture.runtime.block_on(verify_everything(&store, &[packed.id]));
     let clean = verify().expect("verifies");
     assert!(clean.problems.is_empty() && clean.warnings.is_empty(), "{clean:?}");
     assert_eq!(clean.working_sets, 1);
@@ -341,7 +402,7 @@ fn wrong_input_is_refused_before_anything_is_written() {
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(&path.display().to_string()), "{error}");
     }
-    assert!(fixture.objects_under("pack").is_empty() && fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["pack"]).is_empty() && fixture.keys(&["lease"]).is_empty());
     let not_a_store = format!("file://{}", fixture.directory.path().display());
     let error = fixture.runtime.block_on(Store::open(&not_a_store)).err().expect("refused");
     assert!(error.to_string().contains("is not a store"), "{error}");

@@ -4,6 +4,7 @@
 //! of each page of the trace, in order; afterwards, outside the measured time, it compares every page that
 //! it touched with the memory file. [`ways`] has the alternatives, [`report`] and [`plot`] what is shown.
 
+pub mod answers;
 pub mod guests;
 mod memory;
 pub mod plot;

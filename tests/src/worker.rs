@@ -55,6 +55,16 @@ pub struct Worker {
 impl Worker {
     /// Starts a daemon whose directories are under `directory`, and waits until it is ready.
     pub fn start(url: &str, directory: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(url, directory, arguments, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_with(
+        url: &str,
+        directory: &Path,
+        arguments: &[&str],
+        environment: &[(&'static str, String)],
+    ) -> Result<Self> {
         std::fs::create_dir_all(directory)?;
         let log =
             std::fs::File::options().create(true).append(true).open(directory.join("reapd.log"))?;
@@ -66,6 +76,7 @@ impl Worker {
             .arg("--run-dir")
             .arg(directory.join("run"))
             .args(arguments)
+            .envs(environment.iter().map(|(variable, value)| (variable, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -147,16 +158,30 @@ impl Worker {
 
     /// Waits until the prepared snapshot has a working set.
     pub fn wait_for_working_set(&self, name: &str) -> Result<u64> {
+        let has_one = |snapshot: &Value| snapshot["working_set"].as_u64();
+        self.wait_for_snapshot(name, has_one)
+    }
+
+    /// Waits until the daemon has published so many working sets for `name`, or `name,profile`.
+    pub fn wait_for_published(&self, name: &str, count: u64) -> Result<u64> {
+        let published = |snapshot: &Value| snapshot["learning"]["published"].as_u64();
+        self.wait_for_snapshot(name, |snapshot| published(snapshot).filter(|sets| *sets >= count))
+    }
+
+    fn wait_for_snapshot(&self, name: &str, wanted: impl Fn(&Value) -> Option<u64>) -> Result<u64> {
+        let (name, profile) = name.split_once(',').unwrap_or((name, ""));
         let began = Instant::now();
         loop {
             let status = self.ask("status", &[])?;
             let snapshots = status["snapshots"].as_array().cloned().unwrap_or_default();
-            let found = snapshots.iter().find(|snapshot| snapshot["name"] == name);
-            if let Some(sequence) = found.and_then(|snapshot| snapshot["working_set"].as_u64()) {
+            let found = snapshots
+                .iter()
+                .find(|snapshot| snapshot["name"] == name && snapshot["profile"] == profile);
+            if let Some(sequence) = found.and_then(&wanted) {
                 return Ok(sequence);
             }
             if began.elapsed() > PATIENCE {
-                bail!("{name} never got a working set: {}", self.log());
+                bail!("{name} never got its working set: {}", self.log());
             }
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -10,12 +10,35 @@ use anyhow::{Context, Result, ensure};
 use reap_tests::lab::{Backend, Lab, Snapshot};
 use reap_tests::worker::{Worker, reap_pack, reap_pack_command, reap_pack_json};
 
+#[path = "end_to_end/cache.rs"]
+mod cache;
+#[path = "end_to_end/client.rs"]
+mod client;
+#[path = "end_to_end/crowd.rs"]
+mod crowd;
+#[path = "end_to_end/documents.rs"]
+mod documents;
 #[path = "end_to_end/fleet.rs"]
 mod fleet;
 #[path = "end_to_end/golden.rs"]
 mod golden;
+#[path = "end_to_end/killed.rs"]
+mod killed;
+#[path = "end_to_end/learning.rs"]
+mod learning;
+#[path = "end_to_end/proxy.rs"]
+mod proxy;
 #[path = "end_to_end/remote.rs"]
 mod remote;
+#[path = "end_to_end/requests.rs"]
+mod requests;
+
+/// A file of which the kernel keeps nothing and reads nothing ahead: what is read is asked of the daemon.
+fn past_the_page_cache(path: &Path) -> Result<fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits())?;
+    Ok(fs::File::options().read(true).custom_flags(direct).open(path)?)
+}
 
 struct Fixture {
     directory: tempfile::TempDir,

@@ -3,6 +3,8 @@
 mod api;
 mod arguments;
 mod client;
+mod kept;
+mod learner;
 mod prepared;
 mod run;
 
@@ -13,6 +15,7 @@ use clap::Parser;
 use hyper::Method;
 use serde_json::{Value, json};
 
+use crate::output::size;
 pub use arguments::{Arguments, Command};
 
 /// Runs `reapd` with the process's arguments.
@@ -24,19 +27,35 @@ pub fn main() -> ExitCode {
 fn dispatch(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
         Command::Run(run) => run::run(run),
-        Command::Prepare { daemon, name, mode } => {
-            let body = json!({ "mode": mode });
+        Command::Prepare { daemon, name, mode, profile, warm } => {
+            let body = json!({ "mode": mode, "profile": profile, "warm": warm });
             let answer = ask(&daemon.run_dir, Method::PUT, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &prepared_lines(&answer))
         }
-        Command::Status { daemon } => {
+        Command::Status { daemon, timeline: Some(id) } => {
+            let path = format!("/restores/{id}/timeline");
+            let answer = ask(&daemon.run_dir, Method::GET, &path, None)?;
+            print(arguments.json, &answer, &timeline_lines(&answer))
+        }
+        Command::Status { daemon, timeline: None } => {
             let snapshots = ask(&daemon.run_dir, Method::GET, "/snapshots", None)?;
             let restores = ask(&daemon.run_dir, Method::GET, "/restores", None)?;
-            let text = status_lines(&snapshots, &restores);
-            print(arguments.json, &json!({ "snapshots": snapshots, "restores": restores }), &text)
+            let store = ask(&daemon.run_dir, Method::GET, "/store", None)?;
+            let cache = ask(&daemon.run_dir, Method::GET, "/cache", None)?;
+            let text = status_lines(&snapshots, &restores)
+                + &store_line(&store)
+                + &cache_line(&cache["disk"]);
+            let all = json!({
+                "snapshots": snapshots,
+                "restores": restores,
+                "store": store,
+                "cache": cache,
+            });
+            print(arguments.json, &all, &text)
         }
-        Command::Release { daemon, name } => {
-            let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), None)?;
+        Command::Release { daemon, name, profile } => {
+            let body = json!({ "profile": profile });
+            let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &format!("{name} is released"))
         }
     }
@@ -79,8 +98,12 @@ fn print(json: bool, value: &Value, text: &str) -> Result<()> {
 fn prepared_lines(prepared: &Value) -> String {
     let text = |at: &Value| at.as_str().unwrap_or("-").to_owned();
     let mut lines = format!(
-        "{} is {}, mode {}, working set {}\nuffd {}\nmemory {}\nstate {}\n",
+        "{}{} is {}, mode {}, working set {}\nuffd {}\nmemory {}\nstate {}\n",
         text(&prepared["name"]),
+        match prepared["profile"].as_str() {
+            None | Some("") => String::new(),
+            Some(profile) => format!(" ({profile})"),
+        },
         text(&prepared["id"]),
         text(&prepared["mode"]),
         prepared["working_set"],
@@ -108,7 +131,7 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
             .filter_map(|class| restore[format!("faults_{class}")]["count"].as_u64())
             .sum();
         lines.push_str(&format!(
-            "restore {} pid {} {}: {} planned, {} installed, {} late, {} missed, {} faults, {}\n",
+            "restore {} pid {} {}: {} planned, {} installed, {} late, {} missed, {} faults, {}{}\n",
             restore["id"],
             restore["pid"],
             restore["mode"].as_str().unwrap_or_default(),
@@ -122,7 +145,78 @@ fn status_lines(snapshots: &Value, restores: &Value) -> String {
             } else {
                 restore["end"].to_string()
             },
+            fit_text(restore),
         ));
     }
+    lines
+}
+
+fn store_line(store: &Value) -> String {
+    let (connection, fetch) = (&store["connection"], &store["fetch"]);
+    let text = |at: &Value| at.as_str().unwrap_or_default().to_owned();
+    format!(
+        "store {}: {} reads, {} bytes, {} retries, {} late reads asked twice, {} answers to slow down, credentials: {}\n",
+        text(&connection["url"]),
+        fetch["store_reads"],
+        fetch["store_bytes"],
+        fetch["retries"],
+        fetch["hedged_reads"],
+        connection["throttled_answers"],
+        text(&connection["credentials"]),
+    )
+}
+
+/// Nothing where there is no disk cache.
+fn cache_line(disk: &Value) -> String {
+    if disk.is_null() {
+        return String::new();
+    }
+    let bytes = |name: &str| size(disk[name].as_u64().unwrap_or_default());
+    format!(
+        "cache: {} of {}: {} pinned, {} evictable; {} pinned and not here yet, {} frames dropped\n",
+        bytes("used_bytes"),
+        bytes("limit_bytes"),
+        bytes("pinned_bytes"),
+        bytes("evictable_bytes"),
+        bytes("missing_pinned_bytes"),
+        disk["dropped_frames"],
+    )
+}
+
+/// How well the working set of a restore fitted, if there was one.
+fn fit_text(restore: &Value) -> String {
+    let fit = &restore["fit"];
+    let (Some(precision), Some(recall)) = (fit["precision"].as_f64(), fit["recall"].as_f64())
+    else {
+        return String::new();
+    };
+    let wasted = size(fit["wasted_bytes"].as_u64().unwrap_or_default());
+    let kind = if fit["estimated"] == true { "estimated" } else { "seen" };
+    let inert = if restore["inert"] == true { ", NOTHING WAS INSTALLED" } else { "" };
+    format!(
+        ", precision {:.1} %, recall {:.1} %, {wasted} wasted ({kind}){inert}",
+        precision * 100.0,
+        recall * 100.0
+    )
+}
+
+/// An event a line.
+fn timeline_lines(timeline: &Value) -> String {
+    let mut lines = "at_us took_us page pages what\n".to_owned();
+    for event in timeline["events"].as_array().into_iter().flatten() {
+        let what = event["kind"].as_str().unwrap_or_default();
+        lines.push_str(&format!(
+            "{} {} {} {} {what}{}\n",
+            event["at_us"],
+            event["took_us"],
+            event["page"],
+            event["pages"],
+            match (what.starts_with("fault"), event["planned"] == true) {
+                (true, true) => " planned",
+                _ => "",
+            }
+        ));
+    }
+    lines.push_str(&format!("{} more events are not kept\n", timeline["dropped"]));
     lines
 }

@@ -3,15 +3,18 @@
 mod arguments;
 mod copy;
 mod gc;
+mod picture;
 mod repack;
+mod repair;
 mod show;
 mod stats;
 mod tree;
+mod verify;
 mod ws;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,6 +26,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use crate::output::{Progress, size};
+use arguments::IndexDirectory;
 pub use arguments::{Arguments, Command, WorkingSets};
 
 /// Runs `reap-pack` with the process's arguments.
@@ -50,7 +54,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         Command::Show { snapshot } => context.show(snapshot),
         Command::Export { snapshot, directory } => context.export(snapshot, directory),
-        Command::Verify { snapshot, all } => context.verify(snapshot.as_deref(), *all),
+        Command::Verify(verify) => context.verify(verify),
+        Command::Repair { snapshot, from, caches, dry_run, .. } => {
+            context.repair(snapshot.as_deref(), from.as_deref(), caches, *dry_run)
+        }
         Command::Gc { dry_run, yes, lease_timeout } => {
             let options = reap_store::collect::Options {
                 dry_run: *dry_run,
@@ -90,9 +97,14 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Gives `read` a node of its own, and gives up its pins afterwards, however it went.
-    fn with_node<T>(&self, read: impl FnOnce(&Node) -> Result<T>) -> Result<T> {
-        let node = Node::start(&NodeConfig::reader(self.url))?;
+    /// Gives `read` a node of its own, and gives up its pins afterwards, however it went. `readers_dir`:
+    /// where it can be found should it be killed.
+    fn with_node<T>(
+        &self,
+        readers_dir: Option<PathBuf>,
+        read: impl FnOnce(&Node) -> Result<T>,
+    ) -> Result<T> {
+        let node = Node::start(&NodeConfig { readers_dir, ..NodeConfig::reader(self.url) })?;
         let outcome = read(&node);
         node.block_on(node.release_pins());
         outcome
@@ -172,7 +184,7 @@ impl Context<'_> {
     fn export(&self, snapshot: &str, directory: &Path) -> Result<()> {
         let id = self.find(&self.store()?, snapshot)?;
         let mut progress = Progress::new("exporting", self.json);
-        let outcome = self.with_node(|node| {
+        let outcome = self.with_node(IndexDirectory::usual(), |node| {
             let exported = node.block_on(async {
                 let snapshot = node.open_id(id).await?;
                 let mut report = |done, total| progress.at(done, total);
@@ -184,38 +196,6 @@ impl Context<'_> {
         let paths = outcome?;
         let lines: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
         self.print(&json!({ "snapshot": id, "files": lines }), &lines.join("\n"))
-    }
-
-    fn verify(&self, snapshot: Option<&str>, all: bool) -> Result<()> {
-        let store = self.store()?;
-        let ids = match snapshot {
-            Some(snapshot) if !all => vec![self.find_live(&store, snapshot)?],
-            _ => self.runtime.block_on(store.ids())?,
-        };
-        let report = self.runtime.block_on(reap_store::verify::verify(&store, &ids))?;
-        let mut text = String::new();
-        for problem in &report.problems {
-            text.push_str(&format!("damaged: {problem}\n"));
-        }
-        for warning in &report.warnings {
-            text.push_str(&format!("warning, costs speed only: {warning}\n"));
-        }
-        text.push_str(&format!(
-            "{} snapshots, {} packs, {} working sets, {} frames, {} read: {} problems",
-            report.snapshots,
-            report.packs,
-            report.working_sets,
-            report.frames,
-            size(report.bytes),
-            report.problems.len()
-        ));
-        self.print(&serde_json::to_value(&report)?, &text)?;
-        match report.problems.len() {
-            0 => Ok(()),
-            count => {
-                Err(Error::damaged(self.url, format!("{count} problems, listed above")).into())
-            }
-        }
     }
 
     fn tag(&self, snapshot: &str, name: &str) -> Result<()> {
@@ -275,6 +255,7 @@ fn request(arguments: &arguments::Pack) -> Result<Request> {
         guest_page_bytes: arguments.guest_page_size,
         level: arguments.level,
         diff: arguments.diff,
+        cache_dir: arguments.cache.clone(),
         ..Request::new(arguments.name.parse()?, inputs)
     })
 }

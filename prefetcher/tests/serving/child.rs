@@ -30,10 +30,10 @@ fn pretend_vmm_process() {
     }
 }
 
-struct VmmProcess(Child);
+pub struct VmmProcess(Child);
 
 impl VmmProcess {
-    fn start(fixture: &Fixture) -> Self {
+    pub fn start(fixture: &Fixture) -> Self {
         let child = Command::new(std::env::current_exe().expect("this binary"))
             .args(["--exact", "child::pretend_vmm_process", "--nocapture"])
             .env(SOCKET, fixture.socket())
@@ -45,13 +45,13 @@ impl VmmProcess {
     }
 
     /// Asks for a check of pages; `None` if the process ends instead.
-    fn check(&mut self, from: u64, to: u64) -> Option<String> {
+    pub fn check(&mut self, from: u64, to: u64) -> Option<String> {
         writeln!(self.0.stdin.as_mut()?, "{from} {to}").ok()?;
         let lines = BufReader::new(self.0.stdout.as_mut()?).lines();
         lines.map_while(Result::ok).find_map(|line| line.strip_prefix("ANSWER ").map(str::to_owned))
     }
 
-    fn ends_within(&mut self, limit: Duration) -> bool {
+    pub fn ends_within(&mut self, limit: Duration) -> bool {
         let began = Instant::now();
         while began.elapsed() < limit {
             if self.0.try_wait().expect("waits").is_some() {
@@ -120,4 +120,17 @@ fn a_vmm_goes_on_after_a_stop() {
     assert_eq!(fixture.server.stop(Duration::from_secs(20)), (1, 0));
     drop(fixture);
     assert_eq!(vmm.check(0, PAGES).as_deref(), Some("right"));
+}
+
+/// A VM that ends frees descriptor numbers, and the next one gets them: its faults are its own.
+#[test]
+fn a_descriptor_number_that_is_used_again_serves_its_new_vm() {
+    let fixture = Fixture::new(PAGES);
+    fixture.bind(|| Mode::Demand);
+    for round in 0..20 {
+        let mut vmm = VmmProcess::start(&fixture);
+        let from = round * 40;
+        assert_eq!(vmm.check(from, from + 100).as_deref(), Some("right"), "round {round}");
+    }
+    assert_eq!(fixture.server.restores().len(), 20);
 }

@@ -1,31 +1,38 @@
 //! Handshakes that break the rules: refused, nothing leaks, nobody else is disturbed.
 
-use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use reap_prefetcher::{Mode, ServerError};
+use reap_vmm::{is_refused, send};
 
-use crate::pretend::send;
 use crate::{Fixture, whole};
 
 fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("descriptors").count()
 }
 
-/// The server closes without a word.
-fn is_refused(mut socket: UnixStream) -> bool {
-    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("time-out");
-    match socket.read(&mut [0; 1]) {
-        Ok(0) => true,
-        Ok(_) => false,
-        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+/// Runs a test of this file in a process of its own, where nobody else opens descriptors; whether this is it.
+fn alone(test: &str) -> bool {
+    const ALONE: &str = "REAP_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
     }
+    let status = std::process::Command::new(std::env::current_exe().expect("this binary"))
+        .args(["--exact", &format!("handshakes::{test}"), "--nocapture"])
+        .env(ALONE, "1")
+        .status()
+        .expect("starts");
+    assert!(status.success(), "{test}: {status}");
+    false
 }
 
 #[test]
 fn broken_handshakes_are_refused_and_leak_nothing() {
+    if !alone("broken_handshakes_are_refused_and_leak_nothing") {
+        return;
+    }
     let fixture = Fixture::new(1000);
     let socket = fixture.bind(|| Mode::Demand);
     let mut good = whole(1000);
@@ -105,4 +112,53 @@ fn only_our_own_stale_socket_is_replaced() {
     let long = fixture.directory.path().join("x".repeat(120));
     let refused = fixture.server.bind(&long, fixture.snapshot.clone(), || Mode::Demand);
     assert!(matches!(refused, Err(ServerError::TooLong(_))));
+}
+
+/// Who stalls must not keep others out: the oldest handshake gives way.
+#[test]
+fn more_stalled_handshakes_than_there_is_room_for_keep_nobody_out() {
+    let fixture = Fixture::new(1000);
+    let socket = fixture.bind(|| Mode::Demand);
+    let stalled: Vec<_> = (0..400)
+        .map(|_| {
+            let stream = UnixStream::connect(&socket).expect("connects");
+            send(&stream, b"[{", &[]).expect("sends");
+            stream
+        })
+        .collect();
+    let mut vm = whole(1000);
+    vm.connect(&socket).expect("connects");
+    vm.check(&vm.pages()).expect("every byte");
+    assert!(stalled.into_iter().all(is_refused));
+}
+
+/// One byte at a time, and gone in the middle: at every length of the message.
+#[test]
+fn a_peer_that_vanishes_anywhere_leaves_nothing() {
+    if !alone("a_peer_that_vanishes_anywhere_leaves_nothing") {
+        return;
+    }
+    let fixture = Fixture::new(100);
+    let socket = fixture.bind(|| Mode::Demand);
+    let vm = whole(100);
+    let message = vm.message();
+    let before = open_descriptors();
+    for length in 0..message.len() {
+        let stream = UnixStream::connect(&socket).expect("connects");
+        for (number, byte) in message.as_bytes()[..length].iter().enumerate() {
+            let fds = [vm.uffd()];
+            send(&stream, &[*byte], if number == 0 { &fds } else { &[] }).expect("sends");
+        }
+        drop(stream);
+    }
+    let mut good = whole(100);
+    good.connect(&socket).expect("connects");
+    good.check(&good.pages()).expect("every byte");
+    assert_eq!(fixture.server.restores().len(), 1);
+    // Some of the last are on their way to being closed.
+    let began = std::time::Instant::now();
+    while open_descriptors() > before + 6 {
+        assert!(began.elapsed().as_secs() < 10, "{before} then, {} now", open_descriptors());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -11,8 +11,11 @@
 
 mod child;
 mod handshakes;
-mod pretend;
+mod learning;
+mod panics;
 mod removal;
+mod split;
+mod vcpu;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -20,10 +23,12 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pretend::{PretendVm, true_memory, true_page};
 use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
 use reap_store::pack::{Input, Request, pack};
-use reap_store::{FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet};
+use reap_store::{
+    FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet, WorkingSetContent,
+};
+use reap_vmm::{HugePool, PretendVm, true_memory, true_page};
 
 /// A store with one snapshot of `true_memory`, and a server.
 pub struct Fixture {
@@ -60,6 +65,22 @@ impl Fixture {
         Self { directory, node, snapshot, server }
     }
 
+    /// One more snapshot of the same store: the same memory, and a disk.
+    pub fn with_disk(&self, disk: &[u8]) -> Arc<Snapshot> {
+        let path = self.directory.path().join("disk");
+        std::fs::write(&path, disk).expect("disk file");
+        let input = |name: &str, kind| {
+            let path = self.directory.path().join(name);
+            Input { name: name.into(), kind, path }
+        };
+        let files = vec![input("memory", FileKind::Memory), input("disk", FileKind::Disk)];
+        let request = Request { level: 1, ..Request::new("two".parse().expect("name"), files) };
+        let runtime = tokio::runtime::Runtime::new().expect("runtime");
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let packed = pack(self.node.store(), &runtime, &request, go_on).expect("packs");
+        self.node.block_on(self.node.open_id(packed.id)).expect("opens")
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("uffd.sock")
     }
@@ -72,7 +93,8 @@ impl Fixture {
 
     /// Publishes `touches` as a working set, and opens it.
     pub fn published(&self, touches: &[Touch]) -> Arc<WorkingSet> {
-        let published = self.node.publish_working_set(&self.snapshot, touches);
+        let content = WorkingSetContent::of_recording(touches);
+        let published = self.node.publish_working_set(&self.snapshot, &content);
         self.node.block_on(published).expect("publishes");
         let newest = self.node.block_on(self.node.working_set(&self.snapshot));
         newest.expect("lists").expect("is there")
@@ -112,7 +134,7 @@ impl Drop for Fixture {
 }
 
 pub fn whole(pages: u64) -> PretendVm {
-    PretendVm::map(&[(0, pages)], PAGE_SIZE as u64).expect("maps")
+    PretendVm::whole(pages).expect("maps")
 }
 
 #[test]
@@ -221,6 +243,28 @@ fn a_damaged_working_set_costs_speed_and_nothing_else() {
 }
 
 #[test]
+fn a_planned_page_waits_for_its_working_set_and_needs_no_pack() {
+    let fixture = Fixture::new(1000);
+    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
+    drop(fixture.published(&touches));
+    fixture.ruin_the_store();
+    // A node that has nothing in memory.
+    let url = format!("file://{}/store", fixture.directory.path().display());
+    let node = Node::start(&NodeConfig::reader(&url)).expect("node");
+    let snapshot = node.block_on(node.open_id(fixture.snapshot.id())).expect("opens");
+    let set = node.block_on(node.working_set(&snapshot)).expect("lists").expect("is there");
+    let socket = fixture.directory.path().join("other.sock");
+    let serve = move || Mode::Prefetch(set.clone());
+    fixture.server.bind(&socket, snapshot, serve).expect("binds");
+    let mut vm = whole(1000);
+    vm.connect(&socket).expect("connects");
+    // The last first: it cannot be there yet.
+    let backwards: Vec<_> = vm.pages().into_iter().rev().collect();
+    vm.check(&backwards).expect("every byte");
+    assert!(fixture.wait_for(|_| true).end.is_none());
+}
+
+#[test]
 fn many_vms_at_once_and_prefetch_among_their_faults() {
     let fixture = Fixture::new(1500);
     let touches: Vec<Touch> =
@@ -242,10 +286,7 @@ fn many_vms_at_once_and_prefetch_among_their_faults() {
 
 #[test]
 fn huge_pages_are_filled_from_all_their_frames() {
-    let Some(_pool) = HugePool::of(8) else {
-        eprintln!("this kernel gives no 2 MiB pages: not tested");
-        return;
-    };
+    let _pool = HugePool::of(8).expect("2 MiB pages; this needs root");
     let fixture = Fixture::new(4 * 512);
     let set = {
         let touches: Vec<Touch> =
@@ -262,26 +303,19 @@ fn huge_pages_are_filled_from_all_their_frames() {
     assert!(vm.read(address + 4096).iter().all(|byte| *byte == 0));
 }
 
-/// 2 MiB pages of the kernel, given back at the end.
-struct HugePool(String);
-
-impl HugePool {
-    const PATH: &'static str = "/proc/sys/vm/nr_hugepages";
-
-    fn of(pages: u64) -> Option<Self> {
-        let before = std::fs::read_to_string(Self::PATH).ok()?;
-        let wanted = before.trim().parse::<u64>().ok()? + pages;
-        std::fs::write(Self::PATH, wanted.to_string()).ok()?;
-        let pool = Self(before);
-        let now = std::fs::read_to_string(Self::PATH).ok()?;
-        (now.trim().parse::<u64>().ok()? >= wanted).then_some(pool)
-    }
-}
-
-impl Drop for HugePool {
-    fn drop(&mut self) {
-        std::fs::write(Self::PATH, self.0.trim()).expect("the pool is given back");
-    }
+#[test]
+fn several_regions_of_huge_pages_and_a_removal() {
+    let _pool = HugePool::of(4).expect("2 MiB pages; this needs root");
+    let fixture = Fixture::new(2 * 512);
+    let socket = fixture.bind(|| Mode::Demand);
+    let regions = [(0, 512), (512 * PAGE_SIZE as u64, 512)];
+    let mut vm = PretendVm::map(&regions, 2 << 20).expect("maps");
+    vm.connect(&socket).expect("connects");
+    vm.check(&vm.pages()).expect("two regions of 2 MiB pages");
+    vm.remove(vm.regions()[1].0, 512);
+    let address = vm.regions()[1].0;
+    assert!(vm.read(address).iter().all(|byte| *byte == 0), "zeros after the removal");
+    assert!(fixture.wait_for(|_| true).end.is_none());
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reap_prefetcher::Mode;
 use reap_store::{PAGE_SIZE, Touch};
+use reap_vmm::true_page;
 
-use crate::pretend::true_page;
 use crate::{Fixture, whole};
 
 #[test]

@@ -1,15 +1,18 @@
 //! Explores every interleaving of packers, readers, removals and collectors over a small store.
 //!
-//! The collectors are the production [`Collector`]; packers and readers take the steps of the protocol.
-//! An actor that is never scheduled again is one that crashed or hangs. Each mutant breaks one rule and
-//! must be caught, or the exploration proves nothing.
+//! All of them are the production machines: [`Collector`], [`Packer`], [`Reader`]. An actor that is never
+//! scheduled again is one that crashed or hangs. Each mutant breaks one rule and must be caught, or the
+//! exploration proves nothing.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 use super::machine::{Answer, Collector, Fate, Request};
 use crate::SnapshotId;
 use crate::format::keys::{self, PackId};
+use crate::pack::machine::{Answer as Told, Outcome, Packer, Request as Wish, Verdict};
+use crate::reader::{Answer as Seen, Reader, Request as Look};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutant {
@@ -17,6 +20,10 @@ enum Mutant {
     PackerIgnoresCondemned,
     PackerReadsCondemnedBeforeLease,
     PackerChoosesParentsBeforeCondemned,
+    PackerChoosesParentsBeforeLease,
+    PackerRefersToWhatIsListed,
+    PackerInDoubtEndsItsLease,
+    PacksAreNamedByContent,
     CommitOverwrites,
     CollectorDoesNotWait,
     CollectorListsLeasesBeforeCondemned,
@@ -24,6 +31,7 @@ enum Mutant {
     CollectorDoesNotLookAgain,
     CollectorReadsPinsBeforeTombs,
     CollectorForgetsOwnCondemned,
+    CollectorRemovesAborts,
     ReaderLooksForTombBeforePin,
 }
 
@@ -34,33 +42,28 @@ struct Scope {
     readers: usize,
     /// Somebody clears condemned lists away that a collector still needs.
     cleaner: bool,
+    /// Commits may arrive late, when their packers have given up.
+    doubt: bool,
     mutant: Mutant,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Packing {
-    Begin,
-    ReadCondemned,
-    Choose,
-    Check,
-    Decide,
-    Release,
-    End,
-}
-
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Packer {
-    at: Packing,
-    avoided: BTreeSet<PackId>,
+struct Packing {
+    packer: Packer,
     refers_to: BTreeSet<PackId>,
+    /// Sent, and not arrived.
+    commit_is_on_its_way: bool,
+    /// What a mutant saw too early.
+    early_condemned: Option<BTreeSet<PackId>>,
+    early_parents: Option<BTreeSet<PackId>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Reading {
     Begin,
-    /// Pinned, the tomb not looked for yet; for the mutant: looked for, not pinned yet.
-    Between(SnapshotId),
-    Serving(SnapshotId),
+    /// For the mutant: the tomb was looked for, nothing is pinned yet.
+    Looked(SnapshotId),
+    Open(SnapshotId, Reader),
     End,
 }
 
@@ -83,7 +86,7 @@ struct World {
     snaps: BTreeMap<SnapshotId, Fate>,
     tombs: BTreeSet<SnapshotId>,
     condemned: BTreeMap<usize, BTreeSet<PackId>>,
-    packers: Vec<Packer>,
+    packers: Vec<Packing>,
     collectors: Vec<Collecting>,
     readers: Vec<Reading>,
     pins: BTreeMap<usize, SnapshotId>,
@@ -117,8 +120,13 @@ impl Collecting {
 impl World {
     /// One snapshot that was there before; nobody has begun.
     fn new(scope: &Scope) -> Self {
-        let packer =
-            Packer { at: Packing::Begin, avoided: BTreeSet::new(), refers_to: BTreeSet::new() };
+        let packer = |number: u8| Packing {
+            packer: Packer::new(txn(number + 1), true, false),
+            refers_to: BTreeSet::new(),
+            commit_is_on_its_way: false,
+            early_condemned: None,
+            early_parents: None,
+        };
         Self {
             packs: BTreeSet::from([pack(0)]),
             manifests: BTreeSet::from([txn(0)]),
@@ -126,7 +134,7 @@ impl World {
             snaps: BTreeMap::from([(txn(0), Fate::Committed(BTreeSet::from([pack(0)])))]),
             tombs: BTreeSet::new(),
             condemned: BTreeMap::new(),
-            packers: vec![packer; scope.packers.into()],
+            packers: (0..scope.packers).map(packer).collect(),
             collectors: vec![Collecting::new(); scope.collectors],
             readers: vec![Reading::Begin; scope.readers],
             pins: BTreeMap::new(),
@@ -142,7 +150,7 @@ impl World {
 
     fn loss(&self) -> Option<String> {
         let served = self.readers.iter().filter_map(|reader| match reader {
-            Reading::Serving(id) => Some(*id),
+            Reading::Open(id, reader) if reader.is_serving() => Some(*id),
             _ => None,
         });
         let served: BTreeSet<_> = served.collect();
@@ -175,70 +183,149 @@ impl World {
     }
 
     fn packer(&self, number: u8, scope: &Scope, each: &mut impl FnMut(World)) {
-        use Packing::*;
-        let (index, own) = (usize::from(number), number + 1);
+        let (index, own) = (usize::from(number), txn(number + 1));
         let me = &self.packers[index];
-        let mut step = |at: Packing, change: &dyn Fn(&mut World)| {
+        if me.commit_is_on_its_way {
             let mut next = self.clone();
-            next.packers[index].at = at;
+            next.packers[index].commit_is_on_its_way = false;
+            next.decide(own, Fate::Committed(me.refers_to.clone()));
+            each(next);
+        }
+        let mutant = scope.mutant;
+        let mut step = |told: Option<Told>, change: &dyn Fn(&mut World)| {
+            let mut next = self.clone();
             change(&mut next);
+            if let Some(told) = told {
+                next.packers[index].packer.take(told).expect("an answer");
+            }
             each(next);
         };
-        let take_lease = |world: &mut World| {
-            world.leases.insert(txn(own));
-        };
-        let read = |world: &mut World| {
-            let all = world.condemned.values().flatten().copied().collect();
-            world.packers[index].avoided = all;
-        };
-        let late_lease = scope.mutant == Mutant::PackerReadsCondemnedBeforeLease;
-        let early_parents = scope.mutant == Mutant::PackerChoosesParentsBeforeCondemned;
-        match me.at {
-            Begin if late_lease => step(ReadCondemned, &read),
-            Begin if early_parents => step(Choose, &take_lease),
-            Begin => step(ReadCondemned, &take_lease),
-            ReadCondemned if late_lease => step(Choose, &take_lease),
-            ReadCondemned if scope.mutant == Mutant::PackerIgnoresCondemned => {
-                step(Choose, &|_| {})
+        match me.packer.next() {
+            None if mutant == Mutant::PackerInDoubtEndsItsLease
+                && me.packer.outcome() == Some(Outcome::InDoubt)
+                && self.leases.contains(&own) =>
+            {
+                step(None, &|world| _ = world.leases.remove(&own));
             }
-            ReadCondemned => step(Choose, &read),
-            Choose => {
-                let next = if early_parents { Check } else { Decide };
-                step(next, &|world| {
-                    world.packs.insert(pack(own));
-                    world.manifests.insert(txn(own));
-                    world.packers[index].refers_to = BTreeSet::from([pack(own)]);
+            None => {}
+            Some(Wish::TakeLease)
+                if mutant == Mutant::PackerReadsCondemnedBeforeLease
+                    && me.early_condemned.is_none() =>
+            {
+                step(None, &|world| {
+                    world.packers[index].early_condemned = Some(world.all_condemned());
                 });
-                for (id, packs) in self.committed() {
-                    if !self.tombs.contains(&id) && packs.is_disjoint(&me.avoided) {
-                        step(next, &|world| {
-                            world.manifests.insert(txn(own));
-                            world.packers[index].refers_to = packs.clone();
-                        });
-                    }
-                }
             }
-            // Only the mutant comes here: it drops what is condemned after it chose.
-            Check => step(Decide, &|world| {
-                let condemned: BTreeSet<_> = world.condemned.values().flatten().copied().collect();
-                if !world.packers[index].refers_to.is_disjoint(&condemned) {
-                    world.packs.insert(pack(own));
-                    world.packers[index].refers_to = BTreeSet::from([pack(own)]);
-                }
-            }),
-            Decide => step(Release, &|world| {
-                let mine = Fate::Committed(world.packers[index].refers_to.clone());
-                if scope.mutant == Mutant::CommitOverwrites {
-                    world.snaps.insert(txn(own), mine);
-                } else {
-                    world.snaps.entry(txn(own)).or_insert(mine);
-                }
-            }),
-            Release => step(End, &|world| {
-                world.leases.remove(&txn(own));
-            }),
-            End => {}
+            Some(Wish::TakeLease)
+                if mutant == Mutant::PackerChoosesParentsBeforeLease
+                    && me.early_parents.is_none() =>
+            {
+                step(None, &|world| {
+                    world.packers[index].early_parents = Some(world.parents(mutant));
+                });
+            }
+            Some(Wish::TakeLease) => {
+                step(Some(Told::Done), &|world| _ = world.leases.insert(own));
+            }
+            Some(Wish::Condemned)
+                if mutant == Mutant::PackerChoosesParentsBeforeCondemned
+                    && me.early_parents.is_none() =>
+            {
+                step(None, &|world| {
+                    world.packers[index].early_parents = Some(world.parents(mutant));
+                });
+            }
+            Some(Wish::Condemned) => {
+                let condemned = match mutant {
+                    Mutant::PackerIgnoresCondemned => BTreeSet::new(),
+                    _ => me.early_condemned.clone().unwrap_or_else(|| self.all_condemned()),
+                };
+                step(Some(Told::Condemned(condemned)), &|_| {});
+            }
+            Some(Wish::Parents) => {
+                let parents = me.early_parents.clone().unwrap_or_else(|| self.parents(mutant));
+                step(Some(Told::Parents(parents)), &|_| {});
+            }
+            Some(Wish::Store) => self.store(number, scope, &mut step),
+            Some(Wish::Commit) => self.commit(index, scope, &mut step),
+            Some(Wish::ReadDecision) => {
+                let verdict = self.snaps.get(&own).map(|fate| match fate {
+                    Fate::Committed(_) => Verdict::Ours,
+                    Fate::Aborted => Verdict::Aborted,
+                });
+                step(Some(Told::Decision(verdict)), &|_| {});
+            }
+            Some(Wish::Name) => unreachable!("it gets no name"),
+            Some(Wish::EndLease) => {
+                step(Some(Told::Done), &|world| _ = world.leases.remove(&own));
+            }
         }
+    }
+
+    /// An own pack, or one that the packer may refer to.
+    fn store(
+        &self,
+        number: u8,
+        scope: &Scope,
+        step: &mut impl FnMut(Option<Told>, &dyn Fn(&mut World)),
+    ) {
+        let (index, own) = (usize::from(number), number + 1);
+        let by_content = scope.mutant == Mutant::PacksAreNamedByContent;
+        let foreign = (0..=scope.packers).map(pack);
+        let foreign = foreign.filter(|pack| self.packers[index].packer.may_refer_to(pack));
+        for used in foreign.chain([pack(own)]) {
+            let stored = Told::Stored(BTreeSet::from([used]), Duration::ZERO);
+            // All content is the same here.
+            let used = if by_content { pack(0) } else { used };
+            step(Some(stored), &|world| {
+                if used == pack(own) || by_content {
+                    world.packs.insert(used);
+                }
+                world.manifests.insert(txn(own));
+                world.packers[index].refers_to = BTreeSet::from([used]);
+            });
+        }
+    }
+
+    fn commit(
+        &self,
+        index: usize,
+        scope: &Scope,
+        step: &mut impl FnMut(Option<Told>, &dyn Fn(&mut World)),
+    ) {
+        let own = txn(u8::try_from(index).expect("few") + 1);
+        let mine = Fate::Committed(self.packers[index].refers_to.clone());
+        if scope.mutant == Mutant::CommitOverwrites {
+            return step(Some(Told::Created), &|world| {
+                world.snaps.insert(own, mine.clone());
+            });
+        }
+        match self.snaps.contains_key(&own) {
+            true => step(Some(Told::Exists), &|_| {}),
+            false => step(Some(Told::Created), &|world| world.decide(own, mine.clone())),
+        }
+        if scope.doubt {
+            step(Some(Told::Unknown(Duration::MAX)), &|world| {
+                world.packers[index].commit_is_on_its_way = true;
+            });
+        }
+    }
+
+    fn decide(&mut self, txn: SnapshotId, fate: Fate) {
+        self.snaps.entry(txn).or_insert(fate);
+    }
+
+    fn all_condemned(&self) -> BTreeSet<PackId> {
+        self.condemned.values().flatten().copied().collect()
+    }
+
+    /// The packs that a packer finds now.
+    fn parents(&self, mutant: Mutant) -> BTreeSet<PackId> {
+        if mutant == Mutant::PackerRefersToWhatIsListed {
+            return self.packs.clone();
+        }
+        let live = self.committed().filter(|(id, _)| !self.tombs.contains(id));
+        live.flat_map(|(_, packs)| packs.iter().copied()).collect()
     }
 
     fn reader(&self, reader: usize, scope: &Scope, each: &mut impl FnMut(World)) {
@@ -251,21 +338,37 @@ impl World {
             };
             each(next);
         };
-        let tomb_first = scope.mutant == Mutant::ReaderLooksForTombBeforePin;
-        match self.readers[reader] {
+        let pinned = || {
+            let mut reader = Reader::default();
+            assert_eq!(reader.next(), Some(Look::Pin));
+            reader.take(Seen::Done);
+            reader
+        };
+        match &self.readers[reader] {
             Reading::Begin => {
                 for (id, _) in self.committed() {
-                    match tomb_first {
+                    match scope.mutant == Mutant::ReaderLooksForTombBeforePin {
                         true if self.tombs.contains(&id) => {}
-                        true => step(Reading::Between(id), None),
-                        false => step(Reading::Between(id), Some(id)),
+                        true => step(Reading::Looked(id), None),
+                        false => step(Reading::Open(id, pinned()), Some(id)),
                     }
                 }
             }
-            Reading::Between(id) if tomb_first => step(Reading::Serving(id), Some(id)),
-            Reading::Between(id) if self.tombs.contains(&id) => step(Reading::End, None),
-            Reading::Between(id) => step(Reading::Serving(id), Some(id)),
-            Reading::Serving(_) => step(Reading::End, None),
+            Reading::Looked(id) => {
+                let mut reader = pinned();
+                reader.take(Seen::Tomb(false));
+                step(Reading::Open(*id, reader), Some(*id));
+            }
+            Reading::Open(id, reader) => {
+                let mut reader = reader.clone();
+                if reader.next() == Some(Look::LookForTomb) {
+                    reader.take(Seen::Tomb(self.tombs.contains(id)));
+                    return step(Reading::Open(*id, reader), Some(*id));
+                }
+                reader.let_go();
+                assert_eq!(reader.next(), Some(Look::Unpin));
+                step(Reading::End, None);
+            }
             Reading::End => {}
         }
     }
@@ -373,6 +476,9 @@ impl World {
                 Answer::Done
             }
             Request::Release => {
+                if mutant == Mutant::CollectorRemovesAborts {
+                    self.snaps.retain(|_, fate| *fate != Fate::Aborted);
+                }
                 self.condemned.remove(&number);
                 Answer::Done
             }
@@ -461,7 +567,7 @@ fn explore(scope: &Scope) -> Explored {
 
 fn scope(packers: u8, collectors: usize, readers: usize, mutant: Mutant) -> Scope {
     let cleaner = collectors > 1 || mutant == Mutant::CollectorForgetsOwnCondemned;
-    Scope { packers, collectors, readers, cleaner, mutant }
+    Scope { packers, collectors, readers, cleaner, doubt: false, mutant }
 }
 
 fn holds(scope: &Scope) {
@@ -478,6 +584,11 @@ fn holds(scope: &Scope) {
 #[test]
 fn nothing_is_lost_with_two_packers_and_a_collector() {
     holds(&scope(2, 1, 0, Mutant::None));
+}
+
+#[test]
+fn nothing_is_lost_when_commits_arrive_late() {
+    holds(&Scope { doubt: true, ..scope(1, 1, 0, Mutant::None) });
 }
 
 #[test]
@@ -503,6 +614,7 @@ fn condemning_what_packers_at_work_own_loses_nothing() {
 fn nothing_is_lost_in_larger_scopes() {
     holds(&scope(1, 2, 0, Mutant::None));
     holds(&scope(2, 1, 1, Mutant::None));
+    holds(&Scope { doubt: true, ..scope(2, 1, 0, Mutant::None) });
 }
 
 #[test]
@@ -512,12 +624,17 @@ fn every_broken_rule_loses_something() {
         scope(2, 1, 0, PackerIgnoresCondemned),
         scope(2, 1, 0, PackerReadsCondemnedBeforeLease),
         scope(2, 1, 0, PackerChoosesParentsBeforeCondemned),
+        scope(2, 1, 0, PackerChoosesParentsBeforeLease),
+        scope(2, 2, 0, PackerRefersToWhatIsListed),
+        Scope { doubt: true, ..scope(1, 1, 0, PackerInDoubtEndsItsLease) },
+        scope(2, 1, 0, PacksAreNamedByContent),
         scope(2, 1, 0, CommitOverwrites),
         scope(2, 1, 0, CollectorDoesNotWait),
         scope(2, 1, 0, CollectorListsLeasesBeforeCondemned),
         scope(2, 1, 0, CollectorDoesNotLookAgain),
         scope(1, 1, 1, CollectorReadsPinsBeforeTombs),
         scope(2, 1, 0, CollectorForgetsOwnCondemned),
+        scope(2, 1, 0, CollectorRemovesAborts),
         scope(1, 1, 1, ReaderLooksForTombBeforePin),
     ];
     let missed: Vec<_> = caught

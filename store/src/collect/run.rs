@@ -7,18 +7,16 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::time::Instant;
 
 use super::machine::{Answer, Collector, Fate, Request};
-use super::{Collected, GarbageObject, Options, probe};
+use super::{Collected, GarbageObject, Options, tidy};
 use crate::format::keys;
 use crate::format::record::{self, Abort, CollectionReport, Condemned, Decision};
 use crate::store::{Store, read_record};
-use crate::{Error, ErrorKind, SnapshotId};
+use crate::{Error, ErrorKind, SnapshotId, probe};
 
 /// How long a packer at work is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Between two looks at those that are waited for: twice as long each time.
 const GLANCES: std::ops::Range<Duration> = Duration::from_millis(100)..Duration::from_secs(5);
-/// A condemned list this old belongs to a run that died. If it did not, it finds its list gone and stops.
-const DEAD_RUN: Duration = Duration::from_secs(3600);
 /// GETs in flight.
 const PARALLEL: usize = 16;
 /// Without a confirmation, no run takes a larger part of the bytes of all packs than this, in per cent.
@@ -90,8 +88,8 @@ impl Run<'_> {
         }
         let collected = self.collected(collector);
         if !options.dry_run {
-            self.tidy(collector).await?;
-            self.report(&collected).await?;
+            let now_unix_ms = self.report(&collected).await?;
+            tidy::tidy(self.store.objects(), now_unix_ms, collector).await?;
         }
         Ok(collected)
     }
@@ -275,8 +273,8 @@ impl Run<'_> {
         }
     }
 
-    /// Leaves this run's report, and none that is older than it.
-    async fn report(&self, collected: &Collected) -> Result<(), Error> {
+    /// Leaves this run's report, and none that is older than it; answers with the store's time.
+    async fn report(&self, collected: &Collected) -> Result<u64, Error> {
         let older = self.store.objects().list("gc/report").await?;
         let report = CollectionReport {
             run: self.id,
@@ -286,44 +284,14 @@ impl Run<'_> {
             written_unix_ms: record::now_unix_ms(),
         };
         let key = format!("gc/report/{}", self.id);
-        self.store.objects().create(&key, &[record::seal(&report).into()]).await?;
+        let objects = self.store.objects();
+        objects.create(&key, &[record::seal(&report).into()]).await?;
+        let listed = objects.list("gc/report").await?;
+        let own = listed.iter().find(|object| object.key == key);
         for object in older {
-            self.store.objects().delete(&object.key).await?;
+            objects.delete(&object.key).await?;
         }
-        Ok(())
+        // Somebody else's newer run may have taken it away; then nothing counts as old.
+        Ok(own.map_or(0, |own| own.modified_unix_ms))
     }
-
-    /// What dead runs and killed packers left: condemned lists, and staged files of a local store.
-    async fn tidy(&self, collector: &Collector) -> Result<(), Error> {
-        for object in self.store.objects().list("gc/condemned").await? {
-            let Some((then, _)) = self.condemned_at else { break };
-            let age = Duration::from_millis(then.saturating_sub(object.modified_unix_ms));
-            if age > DEAD_RUN {
-                self.store.objects().delete(&object.key).await?;
-            }
-        }
-        if let Some(root) = self.store.objects().local_root() {
-            remove_staged(&root.join("pack"), collector)
-                .map_err(|error| Error::local(root.display(), error))?;
-        }
-        Ok(())
-    }
-}
-
-/// Staged files are `<pack>#<number>`; a transaction with a decision writes no pack any more.
-fn remove_staged(directory: &std::path::Path, collector: &Collector) -> std::io::Result<()> {
-    let entries = match std::fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let staged = name.split_once('#').and_then(|(pack, _)| pack.parse::<keys::PackId>().ok());
-        if staged.is_some_and(|pack| collector.is_decided(&pack.txn)) {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }

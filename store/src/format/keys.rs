@@ -106,6 +106,8 @@ pub fn pin(node: SnapshotId, opening: SnapshotId, txn: SnapshotId) -> String {
 /// While it is there, nothing is collected.
 pub const HALT: &str = "gc/HALT";
 
+/// The lowest sequence number.
+pub const FIRST_SEQUENCE: u64 = 1;
 /// The highest sequence number: twelve digits.
 pub const MAX_SEQUENCE: u64 = 999_999_999_999;
 
@@ -118,7 +120,7 @@ pub fn sequence_of(key: &str) -> Option<u64> {
 
 /// The sequence number after the newest.
 pub fn next_sequence(prefix: &str, newest: Option<u64>) -> Result<u64, Error> {
-    match newest.map_or(1, |newest| newest + 1) {
+    match newest.map_or(FIRST_SEQUENCE, |newest| newest + 1) {
         next if next <= MAX_SEQUENCE => Ok(next),
         _ => Err(Error::refused(prefix, "has had all its 10^12 records: choose another name")),
     }

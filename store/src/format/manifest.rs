@@ -111,6 +111,20 @@ pub struct Manifest {
 
 /// The bytes of the manifest object.
 pub fn encode(manifest: &Manifest) -> std::io::Result<Vec<u8>> {
+    let body = encode_body(manifest)?;
+    let too_long = || std::io::Error::other("the snapshot is too fragmented for one manifest");
+    if body.len() as u64 > MAX_MANIFEST_BYTES {
+        return Err(too_long());
+    }
+    let mut object = Writer::default();
+    object.bytes(MAGIC).u64(body.len() as u64);
+    let mut object = object.0;
+    object.extend_from_slice(&zstd::bulk::compress(&body, 3)?);
+    Ok(object)
+}
+
+/// What is compressed.
+pub(crate) fn encode_body(manifest: &Manifest) -> std::io::Result<Vec<u8>> {
     let mut body = Writer::default();
     body.bytes(manifest.snapshot.as_bytes());
     let facts = serde_json::to_vec(&manifest.facts).map_err(std::io::Error::other)?;
@@ -128,16 +142,7 @@ pub fn encode(manifest: &Manifest) -> std::io::Result<Vec<u8>> {
     for (file, runs) in &manifest.files {
         write_file(&mut body, file, runs);
     }
-    let body = body.0;
-    let too_long = || std::io::Error::other("the snapshot is too fragmented for one manifest");
-    if body.len() as u64 > MAX_MANIFEST_BYTES {
-        return Err(too_long());
-    }
-    let mut object = Writer::default();
-    object.bytes(MAGIC).u64(body.len() as u64);
-    let mut object = object.0;
-    object.extend_from_slice(&zstd::bulk::compress(&body, 3)?);
-    Ok(object)
+    Ok(body.0)
 }
 
 fn write_file(body: &mut Writer, file: &File, runs: &[Run]) {
@@ -174,7 +179,8 @@ pub fn decode(object: &[u8]) -> Result<Manifest, Malformed> {
     decode_body(&body)
 }
 
-fn decode_body(body: &[u8]) -> Result<Manifest, Malformed> {
+/// Reads what was compressed.
+pub(crate) fn decode_body(body: &[u8]) -> Result<Manifest, Malformed> {
     let mut reader = Reader::new(body);
     let snapshot = SnapshotId::from_bytes(reader.array()?);
     let facts_bytes = reader.count(MAX_FACTS_BYTES, 1)?;

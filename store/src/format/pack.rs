@@ -79,6 +79,11 @@ pub fn read_footer(id: PackId, footer_offset: u64, bytes: &[u8]) -> Result<Foote
     let (footer, trailer) = bytes.split_at(split);
     let hash = footer_hash(id, footer_offset, footer);
     require(trailer[16..48] == hash.0, "a pack's footer does not match its hash")?;
+    decode_footer(footer_offset, footer)
+}
+
+/// Reads the footer itself, whose hash was compared.
+pub(crate) fn decode_footer(footer_offset: u64, footer: &[u8]) -> Result<Footer, Malformed> {
     let mut reader = Reader::new(footer);
     let frame_count = reader.u32()?;
     let page_count = reader.u32()?;

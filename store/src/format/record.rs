@@ -256,6 +256,18 @@ impl Record for Condemned {
     }
 }
 
+impl Record for Marker {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.written_unix_ms)
+    }
+}
+
+impl Record for Halt {
+    fn check(&self) -> Result<(), Malformed> {
+        check_time(self.written_unix_ms)
+    }
+}
+
 impl Record for CollectionReport {
     fn check(&self) -> Result<(), Malformed> {
         check_time(self.written_unix_ms)

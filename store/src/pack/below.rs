@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::parents::Parents;
 use super::source::{Block, Page};
+use crate::repair::Spares;
 use crate::{Error, Frame, FrameIndex, Snapshot, Source};
 
 /// A file of a snapshot that is there already.
@@ -16,6 +17,8 @@ pub(crate) struct SnapshotFile {
     pub(crate) file: usize,
     /// The new snapshot goes to the same store, so frames may be referred to as they are.
     pub(crate) same_store: bool,
+    /// Where frames of packs come from that are missing or damaged.
+    pub(crate) spares: Option<Arc<Spares>>,
 }
 
 impl SnapshotFile {
@@ -59,7 +62,7 @@ impl SnapshotFile {
                 wanted.insert(frame);
             }
         }
-        let frames = fetch(snapshot, wanted)?;
+        let frames = fetch(snapshot, wanted, self.spares.as_deref())?;
         let mut block = Block { page_count, pages: Vec::new(), bytes: Vec::new() };
         let mut before = None;
         for (_, extent) in extents {
@@ -87,12 +90,27 @@ impl SnapshotFile {
 /// Frames of a snapshot, whatever it takes; on a packing worker, which may wait.
 fn fetch(
     snapshot: &Arc<Snapshot>,
-    wanted: BTreeSet<FrameIndex>,
+    mut wanted: BTreeSet<FrameIndex>,
+    spares: Option<&Spares>,
 ) -> Result<HashMap<FrameIndex, Frame>, Error> {
+    let mut frames = HashMap::new();
+    if let Some(spares) = spares {
+        for index in wanted.clone() {
+            let place = snapshot.packed_frame(index).filter(|(pack, _)| spares.is_for(pack));
+            let Some((pack, entry)) = place else { continue };
+            let frame = snapshot.block_on(spares.frame(pack, entry))?;
+            let gone = || Error::damaged(pack.key(), "a frame of it is nowhere to be had any more");
+            frames.insert(index, frame.ok_or_else(gone)?);
+            wanted.remove(&index);
+        }
+    }
     let (sender, receiver) = std::sync::mpsc::channel();
     snapshot.stream(wanted, move |index, frame| {
         // A receiver that is gone has had its error.
         sender.send((index, frame)).unwrap_or_default();
     });
-    receiver.into_iter().map(|(index, frame)| Ok((index, frame?))).collect()
+    for (index, frame) in receiver {
+        frames.insert(index, frame?);
+    }
+    Ok(frames)
 }

@@ -203,7 +203,7 @@ async fn fetch_footer(store: &Store, pack: &PackRef) -> Result<Vec<u8>, Error> {
     let damaged = |why: Malformed| Error::damaged(&key, why);
     let length = pack.bytes;
     let begin = length.saturating_sub(FIRST_READ_BYTES);
-    let end = store.objects().get_range(&key, begin..length, true).await?;
+    let end = store.objects().get_range(&key, begin..length).await?;
     let trailer =
         end.len().checked_sub(pack::TRAILER_BYTES).ok_or_else(|| damaged("is short".into()))?;
     let footer = pack::footer_range(&end[trailer..], length).map_err(damaged)?;
@@ -211,7 +211,7 @@ async fn fetch_footer(store: &Store, pack: &PackRef) -> Result<Vec<u8>, Error> {
         let skipped = usize::try_from(footer.start - begin).unwrap_or(usize::MAX);
         return Ok(end.get(skipped..).unwrap_or_default().to_vec());
     }
-    Ok(store.objects().get_range(&key, footer.start..length, true).await?.to_vec())
+    Ok(store.objects().get_range(&key, footer.start..length).await?.to_vec())
 }
 
 #[cfg(test)]
@@ -232,5 +232,45 @@ mod tests {
         index.prune_to(4500);
         let left = |number: u64| index.directory.join("footer").join(number.to_string()).exists();
         assert_eq!((0..10).filter(|number| left(*number)).collect::<Vec<_>>(), [6, 7, 8, 9]);
+    }
+}
+
+/// What fuzzing reads of a node's index.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::mapped::Mapped;
+    use super::{Kinship, PackPages, Table};
+    use crate::SnapshotId;
+    use crate::format::keys::PackId;
+    use crate::format::{Malformed, record};
+    use crate::id::Hash;
+
+    /// Looks `page_id` up in a page table, and counts what it finds.
+    pub(crate) fn page_table(
+        snapshot: SnapshotId,
+        bytes: &[u8],
+        page_id: &Hash,
+    ) -> Result<usize, Malformed> {
+        let mapped = Mapped::of(bytes).map_err(|error| Malformed(error.to_string()))?;
+        Ok(Table::check(snapshot, mapped)?.hints(page_id).count())
+    }
+
+    /// Looks at every page of a footer, and counts those that have a place.
+    pub(crate) fn pack_pages(
+        pack: PackId,
+        pack_bytes: u64,
+        bytes: &[u8],
+    ) -> Result<(u32, usize), Malformed> {
+        let mapped = Mapped::of(bytes).map_err(|error| Malformed(error.to_string()))?;
+        let pages = PackPages::verify(pack, pack_bytes, mapped)?;
+        let count = pages.page_count();
+        let known = |page: &u32| pages.page_id(*page).is_some() && pages.place(*page).is_some();
+        Ok((count, (0..count).filter(known).count()))
+    }
+
+    /// Reads what a node remembers of snapshots.
+    pub(crate) fn kinships(bytes: &[u8]) -> Result<usize, Malformed> {
+        let read: std::collections::BTreeMap<String, Kinship> = record::unseal(bytes)?;
+        Ok(read.len())
     }
 }

@@ -40,7 +40,7 @@ pub struct Lineage {
 }
 
 /// Everything that some collector may be about to delete.
-pub(super) async fn condemned(store: &Store) -> Result<BTreeSet<PackId>, Error> {
+pub(crate) async fn condemned(store: &Store) -> Result<BTreeSet<PackId>, Error> {
     'again: for _ in 0..CONDEMNED_TRIES {
         let mut packs = BTreeSet::new();
         for object in store.objects().list("gc/condemned/").await? {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::Input;
 use super::below::SnapshotFile;
+use super::page_hash::page_ids;
 use super::parents::{Beside, Known, Parents};
 use crate::format::manifest::MAX_FILE_BYTES;
 use crate::id::Hash;
@@ -70,20 +71,24 @@ impl Block {
         self.page_count * PAGE_SIZE as u64
     }
 
-    /// Adds a page with these bytes.
-    pub(super) fn push(&mut self, page: &[u8], parents: &Parents, before: &mut Option<Beside>) {
-        if is_zero(page) {
-            self.pages.push(Page::Zero);
-            return;
+    /// Adds pages with these bytes.
+    pub(super) fn push(&mut self, bytes: &[u8], parents: &Parents, before: &mut Option<Beside>) {
+        let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
+        let data: Vec<&[u8; PAGE_SIZE]> = pages.iter().filter(|page| !is_zero(*page)).collect();
+        let mut data = page_ids(&data).into_iter().zip(data).peekable();
+        for page in pages {
+            let Some((page_id, _)) = data.next_if(|(_, next)| std::ptr::eq(*next, page)) else {
+                self.pages.push(Page::Zero);
+                continue;
+            };
+            self.pages.push(match parents.find_page(&page_id, before) {
+                Some(known) => Page::Known(known),
+                None => {
+                    self.bytes.extend_from_slice(page);
+                    Page::Bytes(page_id)
+                }
+            });
         }
-        let page_id = Hash::of(page);
-        self.pages.push(match parents.find_page(&page_id, before) {
-            Some(known) => Page::Known(known),
-            None => {
-                self.bytes.extend_from_slice(page);
-                Page::Bytes(page_id)
-            }
-        });
     }
 }
 
@@ -250,8 +255,7 @@ impl SpanReader {
                     }
                     _ => Error::local(path.display(), error),
                 })?;
-                let pages = buffer.chunks_exact(PAGE_SIZE);
-                pages.for_each(|page| block.push(page, parents, &mut before));
+                block.push(buffer, parents, &mut before);
             }
             Ok(block)
         })

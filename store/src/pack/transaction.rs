@@ -174,8 +174,17 @@ impl<'a> Transaction<'a> {
         }
         self.store.objects().create(&keys::manifest(self.id), &[object.into()]).await?;
         let (id, name) = (self.id, request.name.clone());
-        let packed =
-            Packed { id, name, sequence: None, statistics, file_bytes, manifest_bytes, parents };
+        let (sequence, left_bytes) = (None, 0);
+        let packed = Packed {
+            id,
+            name,
+            sequence,
+            statistics,
+            file_bytes,
+            manifest_bytes,
+            parents,
+            left_bytes,
+        };
         self.written = Some(Written { sealed, nonce, packed });
         Ok(Answer::Stored(referred, self.began.elapsed()))
     }

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
+use crate::fetch::disk::incoming::Leaving;
 use crate::format::frame::FrameEntry;
 use crate::format::keys::PackId;
 use crate::format::manifest::PackedFrame;
@@ -22,6 +23,7 @@ const PACK_PAGES: usize = 1 << 17;
 pub(super) struct PackWriter<'a> {
     store: &'a Store,
     runtime: &'a Runtime,
+    leaving: Option<&'a mut Leaving>,
     finished: Vec<PackRef>,
     uploading: Option<JoinHandle<Result<(), Error>>>,
     open: OpenPack,
@@ -83,9 +85,15 @@ pub(super) fn small_pack(
 }
 
 impl<'a> PackWriter<'a> {
-    pub(super) fn new(txn: SnapshotId, store: &'a Store, runtime: &'a Runtime) -> Self {
+    /// Packs of `txn`, which are also left with `leaving`.
+    pub(super) fn new(
+        txn: SnapshotId,
+        store: &'a Store,
+        runtime: &'a Runtime,
+        leaving: Option<&'a mut Leaving>,
+    ) -> Self {
         let open = OpenPack::new(PackId { txn, number: 0 });
-        Self { store, runtime, finished: Vec::new(), uploading: None, open }
+        Self { store, runtime, leaving, finished: Vec::new(), uploading: None, open }
     }
 
     /// Appends a frame; answers with its place.
@@ -115,6 +123,9 @@ impl<'a> PackWriter<'a> {
         let next = PackId { number: self.open.id.number + 1, ..self.open.id };
         let mut pack = std::mem::replace(&mut self.open, OpenPack::new(next));
         self.finished.push(pack.seal());
+        if let Some(leaving) = &mut self.leaving {
+            leaving.leave(pack.id, pack.bytes, &pack.chunks);
+        }
         self.wait_for_upload()?;
         let objects = self.store.objects().clone();
         let upload = async move { objects.create(&pack.id.key(), &pack.chunks).await };

@@ -113,8 +113,8 @@ impl World {
     fn fate(&self, life: &Arc<Mutex<Life>>) -> impl Future<Output = ()> + use<> {
         let (world, life) = (self.clone(), life.clone());
         async move {
-            let fate = world.bucket.below(6);
-            world.pause(Duration::from_secs(2)).await;
+            let fate = world.bucket.below(7);
+            world.pause(Duration::from_secs(if fate == 2 { 20 } else { 2 })).await;
             match fate {
                 0 => {
                     world.count("an actor is killed");
@@ -124,6 +124,12 @@ impl World {
                     world.count("an actor stalls");
                     let seconds = 1 + world.bucket.below(900);
                     life.lock().stalled_until = Some(Instant::now() + Duration::from_secs(seconds));
+                    futures::future::pending().await
+                }
+                2 => {
+                    world.count("an actor is cut off");
+                    let seconds = 1 + world.bucket.below(900);
+                    life.lock().cut_off_until = Some(Instant::now() + Duration::from_secs(seconds));
                     futures::future::pending().await
                 }
                 _ => futures::future::pending().await,
@@ -152,7 +158,7 @@ impl World {
             Err(error) if error.to_string().contains("a collector ended") => {
                 self.count("a packing that a collector ended");
             }
-            Err(error) if error.to_string().contains("no answer") => {
+            Err(error) if error.to_string().contains("may be committed or not") => {
                 self.count("a commit whose outcome is in doubt");
             }
             Err(_) => self.count("a packing that failed"),

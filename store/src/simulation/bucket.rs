@@ -265,6 +265,8 @@ pub(super) struct Life {
     pub(super) stalled_until: Option<Instant>,
     /// What a collector's run failed to read, and did not read well since: it must not delete.
     not_read: BTreeSet<String>,
+    /// Until when nothing that it sends arrives, and then all that was not refused, late.
+    pub(super) cut_off_until: Option<Instant>,
 }
 
 /// What happens to one request.
@@ -332,8 +334,14 @@ impl Client {
         writes: bool,
         mut effect: impl FnMut(&mut State) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let plan = self.plan(writes);
+        let mut plan = self.plan(writes);
         self.alive().await;
+        let cut_off_until = self.life.lock().cut_off_until;
+        if let Some(until) = cut_off_until.filter(|until| *until > Instant::now()) {
+            let late = Duration::from_millis(self.bucket.below(200_000));
+            plan.travel = until - Instant::now() + late;
+            plan.fails_before = self.bucket.below(2) == 0;
+        }
         sleep(plan.before).await;
         self.alive().await;
         if plan.fails_before {

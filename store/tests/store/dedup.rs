@@ -92,7 +92,7 @@ impl Fixture {
     fn verify_all(&self) {
         let store = self.store();
         let ids = self.runtime.block_on(store.ids()).expect("lists");
-        let report = self.runtime.block_on(reap_store::verify::verify(&store, &ids));
+        let report = self.runtime.block_on(super::verify_everything(&store, &ids));
         let report = report.expect("verifies");
         assert!(report.problems.is_empty() && report.warnings.is_empty(), "{report:?}");
     }
@@ -171,14 +171,14 @@ fn pages_in_condemned_packs_are_stored_again() {
     expected[7 * PAGE_SIZE..8 * PAGE_SIZE].fill(9);
     assert!(fixture.bytes_of(diff.id) == expected);
     // A condemned list that cannot be read may condemn anything.
-    std::fs::write(fixture.path("store/gc/condemned/x"), b"what?").expect("written");
+    fixture.create("gc/condemned/x", "what?");
     let path = fixture.file("input", &expected);
     let mut request = fixture.request("f", &path);
     request.lineage = fixture.lineage();
     let store = fixture.store();
     let refused = pack(&store, &fixture.runtime, &request, &mut |_| ControlFlow::Continue(()));
     assert_eq!(refused.expect_err("refused").kind(), ErrorKind::Damaged);
-    assert!(fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["lease"]).is_empty());
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn what_cannot_be_a_diff_is_refused() {
     assert!(full.to_string().contains("no holes"), "{full}");
     let orphan = fixture.try_pack("f", &memory, |request| request.diff = true);
     assert!(orphan.expect_err("has no parent").to_string().contains("--parent"));
-    assert!(fixture.objects_under("lease").is_empty());
+    assert!(fixture.keys(&["lease"]).is_empty());
 }
 
 fn files_under(directory: &Path) -> Vec<PathBuf> {
@@ -329,12 +329,13 @@ fn a_pack_that_is_lost_or_shortened_is_not_referred_to() {
     let memory = distinct_bytes(200, 1);
     fixture.pack_related("f", &memory);
     fixture.pack_related("f", &memory);
-    let object = fixture.objects_under("pack").remove(0);
-    let good = std::fs::read(&object).expect("read");
-    std::fs::write(&object, &good[..good.len() - 1]).expect("shortened");
+    let key = fixture.keys(&["pack"]).pop_first().expect("a pack");
+    let mut short = fixture.object(&key);
+    short.pop();
+    fixture.overwrite(&key, short);
     let second = fixture.pack_related("f", &memory);
     assert_eq!(second.statistics.unique_pages, 200);
-    std::fs::remove_file(&object).expect("lost");
+    fixture.delete(&key);
     let third = fixture
         .try_pack("g", &memory, |request| {
             let parent = fixture.runtime.block_on(fixture.store().ids()).expect("lists");

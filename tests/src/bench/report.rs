@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::touch::Touched;
+use super::ways::Alternative::*;
 use super::ways::{ALTERNATIVES, Alternative};
 
 /// All rounds of one function.
@@ -35,8 +36,12 @@ impl Measured {
         )
     }
 
-    fn wait_p50_us(&self, alternative: Alternative) -> f64 {
-        median(&self.of(alternative, |touched| touched.wait_p50_us))
+    fn figure(&self, of: Of, alternative: Alternative) -> f64 {
+        match of {
+            Of::All => self.all_ms(alternative).0,
+            Of::WaitP50 => median(&self.of(alternative, |touched| touched.wait_p50_us)),
+            Of::WaitP99 => median(&self.of(alternative, |touched| touched.wait_p99_us)),
+        }
     }
 }
 
@@ -44,44 +49,54 @@ fn median(sorted: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// What a ratio is of.
+#[derive(Clone, Copy)]
+enum Of {
+    /// The time for all pages.
+    All,
+    /// The median wait of a touch that waited.
+    WaitP50,
+    /// The 99th percentile of these waits.
+    WaitP99,
+}
+
 /// A ratio that is judged: geometric mean over the functions of one median by another.
 struct Ratio {
     what: &'static str,
+    of: Of,
     ours: Alternative,
     other: Alternative,
-    /// Of the median wait of a touch, instead of the time for all.
-    of_waits: bool,
 }
 
-const RATIOS: [Ratio; 7] = [
-    Ratio::all("ours cold / REAP cold", Alternative::OursCold, Alternative::ReapCold),
-    Ratio::all("ours cold / file mapping cold", Alternative::OursCold, Alternative::FileCold),
-    Ratio::all(
-        "ours cold / ours on demand cold",
-        Alternative::OursCold,
-        Alternative::OursDemandCold,
+const fn ratio(what: &'static str, of: Of, ours: Alternative, other: Alternative) -> Ratio {
+    Ratio { what, of, ours, other }
+}
+
+const RATIOS: [Ratio; 9] = [
+    ratio("ours cold / REAP cold", Of::All, OursCold, ReapCold),
+    ratio("ours cold / file mapping cold", Of::All, OursCold, FileCold),
+    ratio("ours cold / ours on demand cold", Of::All, OursCold, OursDemandCold),
+    ratio("ours warm node / REAP in page cache", Of::All, OursWarm, ReapWarm),
+    ratio("our mount warm / file mapping warm", Of::All, MountWarm, FileWarm),
+    ratio("our mount cold / file mapping cold", Of::All, MountCold, FileCold),
+    ratio(
+        "p50 of a fault: ours on demand warm / minimal handler warm",
+        Of::WaitP50,
+        OursDemandWarm,
+        DemandWarm,
     ),
-    Ratio::all("ours warm node / REAP in page cache", Alternative::OursWarm, Alternative::ReapWarm),
-    Ratio::all("our mount warm / file mapping warm", Alternative::MountWarm, Alternative::FileWarm),
-    Ratio::all("our mount cold / file mapping cold", Alternative::MountCold, Alternative::FileCold),
-    Ratio {
-        what: "p50 of a fault: ours on demand warm / minimal handler warm",
-        ours: Alternative::OursDemandWarm,
-        other: Alternative::DemandWarm,
-        of_waits: true,
-    },
+    ratio(
+        "p99 of a fault: while 64 MiB are prefetched / idle",
+        Of::WaitP99,
+        OursDemandBusy,
+        OursDemandWarm,
+    ),
+    ratio("recording / on demand, both warm", Of::All, OursRecordWarm, OursDemandWarm),
 ];
 
 impl Ratio {
-    const fn all(what: &'static str, ours: Alternative, other: Alternative) -> Self {
-        Self { what, ours, other, of_waits: false }
-    }
-
     fn of(&self, measured: &Measured) -> f64 {
-        match self.of_waits {
-            true => measured.wait_p50_us(self.ours) / measured.wait_p50_us(self.other),
-            false => measured.all_ms(self.ours).0 / measured.all_ms(self.other).0,
-        }
+        measured.figure(self.of, self.ours) / measured.figure(self.of, self.other)
     }
 
     fn mean(&self, functions: &[Measured]) -> f64 {

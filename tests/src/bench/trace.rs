@@ -1,9 +1,13 @@
 //! Traces: the pages that a guest touched, in first-touch order.
 
 use std::collections::HashSet;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+
+/// Longest trace that is read: ten million lines.
+const MAX_TRACE_BYTES: u64 = 256 << 20;
 
 /// Pages of a memory file in first-touch order, each once.
 #[derive(Clone, Debug)]
@@ -14,7 +18,16 @@ impl Trace {
     /// with `#` (`reap-pack ws export` writes such files). `pages`: length of the memory file.
     pub fn read(path: &Path, pages: u64) -> Result<Self> {
         let name = path.display();
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {name}"))?;
+        let mut text = String::new();
+        let file = std::fs::File::open(path).with_context(|| format!("cannot read {name}"))?;
+        let read = file.take(MAX_TRACE_BYTES + 1).read_to_string(&mut text);
+        let bytes = read.with_context(|| format!("cannot read {name}"))?;
+        ensure!(bytes as u64 <= MAX_TRACE_BYTES, "{name} is longer than {MAX_TRACE_BYTES} bytes");
+        Self::parse(&text, pages).with_context(|| name.to_string())
+    }
+
+    /// The same from the file's text.
+    pub fn parse(text: &str, pages: u64) -> Result<Self> {
         let mut seen = HashSet::new();
         let mut trace = Vec::new();
         for (number, line) in text.lines().enumerate() {
@@ -22,14 +35,14 @@ impl Trace {
             else {
                 continue;
             };
-            let wrong = || format!("{name}, line {}: {word:?} is no page number", number + 1);
+            let wrong = || format!("line {}: {word:?} is no page number", number + 1);
             let page: u64 = word.parse().with_context(wrong)?;
-            ensure!(page < pages, "{name}, line {}: the memory file has {pages} pages", number + 1);
+            ensure!(page < pages, "line {}: the memory file has {pages} pages", number + 1);
             if seen.insert(page) {
                 trace.push(page);
             }
         }
-        ensure!(!trace.is_empty(), "{name} has no pages");
+        ensure!(!trace.is_empty(), "there are no pages");
         Ok(Self(trace))
     }
 
@@ -64,7 +77,7 @@ mod tests {
         let trace = Trace::read(file.path(), 9)?;
         assert_eq!(trace.pages(), [7, 3, 8, 4]);
         assert_eq!(trace.runs(), [(3, 2), (7, 2)]);
-        let refused = Trace::read(file.path(), 8).map_err(|error| error.to_string());
+        let refused = Trace::read(file.path(), 8).map_err(|error| format!("{error:#}"));
         assert!(refused.is_err_and(|text| text.contains("line 4")));
         Ok(())
     }

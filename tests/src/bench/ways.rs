@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -38,12 +39,19 @@ pub enum Alternative {
     OursCold,
     /// The same, the second time: a warm node.
     OursWarm,
+    /// Our handler without a working set, all in its memory, while it records.
+    OursRecordWarm,
+    /// The same, not recording, while another VM's working set of 64 MiB is prefetched from the disk.
+    OursDemandBusy,
 }
 
 use Alternative::*;
 
+/// Pages of the working set that is prefetched while another VM is served: 64 MiB.
+const OTHER_PAGES: usize = 16_384;
+
 /// All of them, in the order of the table.
-pub const ALTERNATIVES: [Alternative; 12] = [
+pub const ALTERNATIVES: [Alternative; 14] = [
     FileCold,
     DemandCold,
     ReapCold,
@@ -55,6 +63,8 @@ pub const ALTERNATIVES: [Alternative; 12] = [
     ReapWarm,
     MountWarm,
     OursDemandWarm,
+    OursRecordWarm,
+    OursDemandBusy,
     OursWarm,
 ];
 
@@ -72,6 +82,8 @@ impl Alternative {
             MountWarm => "our mount, warm",
             OursDemandCold => "ours on demand, cold",
             OursDemandWarm => "ours on demand, warm",
+            OursRecordWarm => "ours recording, warm",
+            OursDemandBusy => "on demand, warm, busy",
             OursCold => "ours, cold",
             OursWarm => "ours, warm node",
         }
@@ -109,14 +121,38 @@ impl Bench {
             reap_pack_json(&bench.url, &["pack", "--name", &function.name, "--memory", memory])?;
             write_reap_file(&function.memory, &function.trace, &bench.reap_file(function))?;
         }
+        let other = bench.other()?;
+        let memory = other.memory.to_str().context("a path in UTF-8")?;
+        reap_pack_json(&bench.url, &["pack", "--name", &other.name, "--memory", memory])?;
         let worker = bench.worker(&["--settle", "1"])?;
-        for function in functions {
+        for function in functions.iter().chain([&other]) {
             let socket = bench.socket(&worker, function, "auto")?;
             bench.touch(function, &["socket", &socket])?;
             worker.wait_for_working_set(&function.name)?;
         }
         worker.stop()?;
         Ok(bench)
+    }
+
+    /// The snapshot that is prefetched while another VM is served on demand: 64 MiB in runs of four
+    /// pages, which compress to a third.
+    fn other(&self) -> Result<Function> {
+        let (memory, trace_file) = (self.scratch.join("other"), self.scratch.join("other.trace"));
+        if !memory.exists() {
+            let (mut random, mut bytes) = (1u64, Vec::new());
+            for word in 0..(2 * OTHER_PAGES * 4096 / 8) as u64 {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                bytes.extend((if word % 3 == 0 { random } else { word / 512 }).to_le_bytes());
+            }
+            std::fs::write(&memory, bytes)?;
+            let pages = (0..OTHER_PAGES).map(|page| page / 4 * 8 + page % 4);
+            let lines: Vec<_> = pages.map(|page| format!("{page}\n")).collect();
+            std::fs::write(&trace_file, lines.concat())?;
+        }
+        let trace = Trace::read(&trace_file, 2 * OTHER_PAGES as u64)?;
+        Ok(Function { name: "other".into(), memory, trace_file, trace })
     }
 
     fn reap_file(&self, function: &Function) -> PathBuf {
@@ -177,6 +213,19 @@ impl Bench {
             self.evict_store()?;
             take(cold, false, &["socket", &socket])?;
             take(warm, false, &["socket", &socket])?;
+            if mode == "demand" {
+                let other = self.other()?;
+                let busy = self.socket(&worker, &other, "prefetch")?;
+                evict_tree(&self.scratch.join("store"))?;
+                std::thread::scope(|scope| {
+                    let prefetched = scope.spawn(|| self.touch(&other, &["socket", &busy]));
+                    wait_for_prefetch(&worker)?;
+                    take(OursDemandBusy, false, &["socket", &socket])?;
+                    prefetched.join().expect("does not panic").map(drop)
+                })?;
+                let socket = self.socket(&worker, function, "record")?;
+                take(OursRecordWarm, false, &["socket", &socket])?;
+            }
             worker.stop()?;
         }
         let worker = self.worker(&[])?;
@@ -192,4 +241,13 @@ impl Bench {
     fn evict_store(&self) -> Result<()> {
         evict_tree(&self.scratch.join("store"))
     }
+}
+
+/// Until the newest restore has installed something ahead.
+fn wait_for_prefetch(worker: &Worker) -> Result<()> {
+    let began = Instant::now();
+    while worker.newest_restore()?["prefetched_pages"].as_u64().unwrap_or(0) == 0 {
+        ensure!(began.elapsed() < Duration::from_secs(10), "nothing is prefetched");
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
-//! `make demo`: real guests through the whole path, and a table of what it did for them.
+//! `make demo`: real guests through the whole path, and a table of what it did for them. `make demo-s3`: the
+//! same over a real S3 server, which `tests/servers/with-server.sh` has started.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use reap_tests::lab::{Backend, Guest, Lab, Snapshot};
@@ -11,13 +12,43 @@ const FUNCTIONS: [&str; 3] = ["helloworld", "json_serdes", "image_rotate"];
 const MEMORY_MIB: u32 = 256;
 /// Each way is measured this often, in turns; the table shows medians.
 const ROUNDS: usize = 3;
-const WAYS: [&str; 5] = [
-    "plain file, cold",
-    "our mount, cold",
-    "uffd on demand, cold",
-    "uffd + working set, cold",
-    "plain file, warm",
-];
+
+/// How a guest gets its memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    PlainCold,
+    /// A node that has nothing of the snapshot, by file.
+    MountCold,
+    /// By userfaultfd, page by page.
+    DemandCold,
+    /// By userfaultfd, with the working set.
+    PrefetchCold,
+    /// The same on a node that has had the snapshot from a remote store before.
+    PrefetchCached,
+    PlainWarm,
+}
+
+impl Way {
+    fn title(self) -> &'static str {
+        match self {
+            Self::PlainCold => "plain file, cold",
+            Self::MountCold => "our mount, cold",
+            Self::DemandCold => "uffd on demand, cold",
+            Self::PrefetchCold => "uffd + working set, cold",
+            Self::PrefetchCached => "the same, node cache",
+            Self::PlainWarm => "plain file, warm",
+        }
+    }
+}
+
+/// Where everything is.
+struct Place {
+    lab: Lab,
+    scratch: PathBuf,
+    url: String,
+    /// The store's directory, if it is a local one.
+    local: Option<PathBuf>,
+}
 
 /// One restore: milliseconds from resume to answer, and faults that had to be served.
 #[derive(Clone, Copy)]
@@ -28,39 +59,42 @@ struct Measured {
 
 fn main() -> Result<()> {
     let scratch = tempfile::tempdir()?;
-    let url = format!("file://{}/store", scratch.path().display());
+    let (url, local) = match std::env::args().nth(1) {
+        Some(url) => (url, None),
+        None => {
+            let store = scratch.path().join("store");
+            (format!("file://{}", store.display()), Some(store))
+        }
+    };
     println!("building the guest (once)");
-    let lab = Lab::open()?;
-    println!("making a store at {url}");
-    reap_pack_json(&url, &["init"])?;
+    let place = Place { lab: Lab::open()?, scratch: scratch.path().to_owned(), url, local };
+    println!("making a store at {}", place.url);
+    reap_pack_json(&place.url, &["init"])?;
     let mut snapshots = Vec::new();
     for function in FUNCTIONS {
         println!("{function}: boot, warm up, snapshot, pack");
-        snapshots.push(make_snapshot(&lab, &url, scratch.path(), function)?);
+        snapshots.push(make_snapshot(&place, function)?);
     }
     println!("recording working sets");
-    record(&lab, &url, scratch.path(), &snapshots)?;
+    record(&place, &snapshots)?;
+    let mut ways = vec![Way::PlainCold, Way::MountCold, Way::DemandCold, Way::PrefetchCold];
+    if place.local.is_none() {
+        ways.push(Way::PrefetchCached);
+    }
+    ways.push(Way::PlainWarm);
     let mut rows = Vec::new();
     for (snapshot, expected) in &snapshots {
-        println!("{}: {ROUNDS} rounds of {} ways", snapshot.function, WAYS.len());
-        rows.push((
-            snapshot.function.clone(),
-            measure(&lab, &url, scratch.path(), snapshot, expected)?,
-        ));
+        println!("{}: {ROUNDS} rounds of {} ways", snapshot.function, ways.len());
+        rows.push((snapshot.function.clone(), measure(&place, &ways, snapshot, expected)?));
     }
-    print_table(&rows);
-    print_savings(&url)
+    print_table(&ways, &rows);
+    print_savings(&place.url)
 }
 
-fn make_snapshot(
-    lab: &Lab,
-    url: &str,
-    scratch: &Path,
-    function: &str,
-) -> Result<(Snapshot, String)> {
-    let directory = scratch.join(function);
+fn make_snapshot(place: &Place, function: &str) -> Result<(Snapshot, String)> {
+    let directory = place.scratch.join(function);
     std::fs::create_dir_all(&directory)?;
-    let mut guest = lab.boot(function, MEMORY_MIB, &directory)?;
+    let mut guest = place.lab.boot(function, MEMORY_MIB, &directory)?;
     let expected = guest.request("one")?.line;
     let snapshot = guest.snapshot(&directory)?;
     let path = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
@@ -70,18 +104,18 @@ fn make_snapshot(
         "pack", "--name", function, "--memory", &memory, "--state", &state, "--disk", &disk,
         "--vmm", "qemu",
     ];
-    let output = reap_pack(url, &arguments)?;
+    let output = reap_pack(&place.url, &arguments)?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     print!("  {}", String::from_utf8_lossy(&output.stdout));
     Ok((snapshot, expected))
 }
 
-fn record(lab: &Lab, url: &str, scratch: &Path, snapshots: &[(Snapshot, String)]) -> Result<()> {
-    let worker = Worker::start(url, &scratch.join("worker"), &["--settle", "1"])?;
+fn record(place: &Place, snapshots: &[(Snapshot, String)]) -> Result<()> {
+    let worker = Worker::start(&place.url, &place.scratch.join("worker"), &["--settle", "1"])?;
     for (snapshot, expected) in snapshots {
         let prepared = worker.prepare(&snapshot.function, "auto")?;
         let backend = uffd(&prepared)?;
-        let mut guest = lab.restore(snapshot, &backend)?;
+        let mut guest = place.lab.restore(snapshot, &backend)?;
         let answer = guest.request("one")?.line;
         ensure!(&answer == expected, "{} answered {answer}, not {expected}", snapshot.function);
         drop(guest);
@@ -96,22 +130,21 @@ fn uffd(prepared: &Value) -> Result<Backend> {
 }
 
 fn measure(
-    lab: &Lab,
-    url: &str,
-    scratch: &Path,
+    place: &Place,
+    ways: &[Way],
     snapshot: &Snapshot,
     expected: &str,
 ) -> Result<Vec<Measured>> {
-    let mut rounds = vec![Vec::new(); WAYS.len()];
+    let mut rounds = vec![Vec::new(); ways.len()];
     for _ in 0..ROUNDS {
-        for (way, measured) in rounds.iter_mut().enumerate() {
+        for (way, measured) in ways.iter().zip(&mut rounds) {
             measured.push(match way {
-                0 => plain(lab, snapshot, expected, true)?,
-                1..=3 => ours(lab, url, scratch, snapshot, expected, way)?,
-                _ => {
-                    plain(lab, snapshot, expected, false)?;
-                    plain(lab, snapshot, expected, false)?
+                Way::PlainCold => plain(&place.lab, snapshot, expected, true)?,
+                Way::PlainWarm => {
+                    plain(&place.lab, snapshot, expected, false)?;
+                    plain(&place.lab, snapshot, expected, false)?
                 }
+                _ => ours(place, snapshot, expected, *way)?,
             });
         }
     }
@@ -134,28 +167,36 @@ fn plain(lab: &Lab, snapshot: &Snapshot, expected: &str, cold: bool) -> Result<M
     Ok(Measured { answer_ms, faults: major_faults(&guest)? - before })
 }
 
-fn ours(
-    lab: &Lab,
-    url: &str,
-    scratch: &Path,
-    snapshot: &Snapshot,
-    expected: &str,
-    way: usize,
-) -> Result<Measured> {
-    // So that every byte comes from the disk.
-    reap_tests::lab::evict_tree(&scratch.join("store"))?;
+/// Makes sure that every byte comes from the store, and from its disk.
+fn forget(place: &Place) -> Result<()> {
+    if let Some(store) = &place.local {
+        return reap_tests::lab::evict_tree(store);
+    }
+    let cache = place.scratch.join("worker/cache");
+    Ok(std::fs::remove_dir_all(cache)?)
+}
+
+fn ours(place: &Place, snapshot: &Snapshot, expected: &str, way: Way) -> Result<Measured> {
+    let directory = place.scratch.join("worker");
+    if way == Way::PrefetchCached {
+        reap_tests::lab::evict_tree(&directory.join("cache"))?;
+    } else {
+        forget(place)?;
+    }
     // A new daemon has nothing in memory.
-    let worker = Worker::start(url, &scratch.join("worker"), &[])?;
-    let mode = if way == 3 { "prefetch" } else { "demand" };
+    let worker = Worker::start(&place.url, &directory, &[])?;
+    let prefetches = matches!(way, Way::PrefetchCold | Way::PrefetchCached);
+    let mode = if prefetches { "prefetch" } else { "demand" };
     let prepared = worker.prepare(&snapshot.function, mode)?;
     let memory = prepared["memory"].as_str().context("a memory path")?;
-    let backend = if way == 1 { Backend::File(memory.into()) } else { uffd(&prepared)? };
-    let mut guest = lab.restore(snapshot, &backend)?;
+    let by_file = way == Way::MountCold;
+    let backend = if by_file { Backend::File(memory.into()) } else { uffd(&prepared)? };
+    let mut guest = place.lab.restore(snapshot, &backend)?;
     let before = major_faults(&guest)?;
     let answer_ms = answer(&mut guest, expected)?;
-    let faults = match way {
-        1 => major_faults(&guest)? - before,
-        _ => served_faults(&worker.newest_restore()?),
+    let faults = match by_file {
+        true => major_faults(&guest)? - before,
+        false => served_faults(&worker.newest_restore()?),
     };
     drop(guest);
     worker.stop()?;
@@ -180,10 +221,10 @@ fn major_faults(guest: &Guest) -> Result<u64> {
     Ok(after_name.split_whitespace().nth(9).context("majflt")?.parse()?)
 }
 
-fn print_table(rows: &[(String, Vec<Measured>)]) {
+fn print_table(ways: &[Way], rows: &[(String, Vec<Measured>)]) {
     println!("\nresume to first answer, ms (faults that had to be served), median of {ROUNDS}\n");
     print!("{:<14}", "function");
-    WAYS.iter().for_each(|way| print!("{way:>26}"));
+    ways.iter().for_each(|way| print!("{:>26}", way.title()));
     println!();
     for (function, measured) in rows {
         print!("{function:<14}");

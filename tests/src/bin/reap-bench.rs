@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use reap_tests::bench::answers::Answers;
 use reap_tests::bench::report::{Measured, json, table};
 use reap_tests::bench::touch::{Way, touch};
 use reap_tests::bench::ways::{Bench, Function};
-use reap_tests::bench::{Trace, guests, plot};
+use reap_tests::bench::{Trace, answers, guests, plot};
 use reap_tests::lab::{FUNCTIONS, Lab};
 
 /// Measures how long a VM's first pages take, by every way a user has, interleaved in one run.
@@ -103,7 +104,7 @@ fn run(command: Command) -> Result<()> {
                     Ok(Function { name, memory, trace_file, trace })
                 };
             let functions: Vec<_> = functions.into_iter().map(read).collect::<Result<_>>()?;
-            measure(&functions, &options, &scratch(&options)?)
+            measure(&functions, &options, &scratch(&options)?, None)
         }
         Command::Guests { functions, memory_mib, options } => {
             let scratch = scratch(&options)?;
@@ -115,7 +116,15 @@ fn run(command: Command) -> Result<()> {
                     made.push(guests::function(&lab, function, memory_mib, scratch.path())?);
                 }
             }
-            measure(&made, &options, &scratch)
+            let mut guests: Vec<_> = made.iter().map(Answers::of).collect();
+            for round in 1..=options.rounds {
+                eprintln!("answers, round {round} of {}", options.rounds);
+                for (made, answers) in made.iter().zip(&mut guests) {
+                    answers.round(&lab, made)?;
+                }
+            }
+            let functions: Vec<_> = made.into_iter().map(|made| made.function).collect();
+            measure(&functions, &options, &scratch, Some(&guests))
         }
     }
 }
@@ -126,7 +135,12 @@ fn scratch(options: &Options) -> Result<tempfile::TempDir> {
     Ok(tempfile::Builder::new().prefix("reap-bench").tempdir_in(at)?)
 }
 
-fn measure(functions: &[Function], options: &Options, scratch: &tempfile::TempDir) -> Result<()> {
+fn measure(
+    functions: &[Function],
+    options: &Options,
+    scratch: &tempfile::TempDir,
+    guests: Option<&[Answers]>,
+) -> Result<()> {
     let bench = Bench::set_up(&scratch.path().join("bench"), functions)?;
     let mut measured: Vec<_> = functions
         .iter()
@@ -142,8 +156,13 @@ fn measure(functions: &[Function], options: &Options, scratch: &tempfile::TempDi
         }
     }
     print!("{}", table(&measured));
+    let mut value = json(&measured);
+    if let Some(guests) = guests {
+        print!("{}", answers::table(guests));
+        value["answers"] = answers::json(guests);
+    }
     if let Some(path) = &options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&json(&measured))?)?;
+        std::fs::write(path, serde_json::to_string_pretty(&value)?)?;
     }
     if let Some(path) = &options.svg {
         std::fs::write(path, plot::svg(&measured))?;

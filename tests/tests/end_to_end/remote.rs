@@ -5,22 +5,49 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use reap_tests::servers::Moto;
-use reap_tests::worker::{Worker, reap_pack, reap_pack_json};
+use reap_tests::servers::{Azurite, Moto, run_body};
+use reap_tests::worker::{Worker, program, reap_pack, reap_pack_json};
 use rustix::process::{Pid, Signal};
 
-use super::{Fixture, same_bytes};
+use super::{Fixture, past_the_page_cache, same_bytes};
 
-const STORE: &str = "REAP_TEST_S3_STORE";
-const SERVER: &str = "REAP_TEST_S3_SERVER";
+pub(super) const STORE: &str = "REAP_TEST_S3_STORE";
+pub(super) const SERVER: &str = "REAP_TEST_S3_SERVER";
 
-/// Runs the body in a process whose environment names the server, as a user's does.
-fn with_server(body: &str) -> Result<()> {
+/// Runs the body, the path of a test, in a process whose environment names the server, as a user's does.
+pub(super) fn with_server(body: &str) -> Result<()> {
     let server = Moto::start()?;
-    let output = Command::new(std::env::current_exe()?)
-        .args(["--exact", &format!("remote::{body}"), "--nocapture"])
-        .env(STORE, server.url("fleet/one"))
-        .env(SERVER, server.process_id().to_string())
+    let mut environment = server.environment();
+    environment.push((STORE, server.url("fleet/one")));
+    environment.push((SERVER, server.process_id().to_string()));
+    run_body(body, &environment).map(|_| ())
+}
+
+#[test]
+fn a_snapshot_goes_through_s3_and_is_collected() -> Result<()> {
+    with_server("remote::through_s3")
+}
+
+#[test]
+fn a_snapshot_goes_through_azure_and_is_collected() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let server = Azurite::start(directory.path())?;
+    let mut environment = server.environment();
+    environment.push((STORE, server.url("fleet/one")));
+    run_body("remote::through_s3", &environment).map(|_| ())
+}
+
+#[test]
+fn what_is_cached_is_served_while_s3_is_away() -> Result<()> {
+    with_server("remote::s3_away")
+}
+
+/// A short form of `make fleet`.
+#[test]
+fn a_fleet_loses_nothing_through_faults_and_kills() -> Result<()> {
+    let server = Moto::start()?;
+    let output = Command::new(program("fleet")?)
+        .args(["--rounds", "7", "--store", &server.url("fleet")])
         .envs(server.environment())
         .output()?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -28,17 +55,7 @@ fn with_server(body: &str) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_snapshot_goes_through_s3_and_is_collected() -> Result<()> {
-    with_server("through_s3")
-}
-
-#[test]
-fn what_is_cached_is_served_while_s3_is_away() -> Result<()> {
-    with_server("s3_away")
-}
-
-/// Not a test of its own: the body of the one above.
+/// Not a test of its own: the body of those over S3 and Azure.
 #[test]
 fn through_s3() -> Result<()> {
     let Ok(url) = std::env::var(STORE) else { return Ok(()) };
@@ -95,7 +112,7 @@ fn s3_away() -> Result<()> {
     worker.prepare("f", "demand")?;
     let mounted = worker.mount().join("snapshots/f/memory");
     let expected = fs::read(&memory)?;
-    let mut file = fs::File::open(&mounted)?;
+    let mut file = past_the_page_cache(&mounted)?;
     let mut half = vec![0; expected.len() / 2];
     std::io::Read::read_exact(&mut file, &mut half)?;
 

@@ -7,11 +7,11 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
 use axum::{Json, Router};
-use reap_store::{Error, ErrorKind, Name};
+use reap_store::{Error, ErrorKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::prepared::{Daemon, PrepareMode};
+use super::prepared::{Daemon, PrepareMode, Use};
 
 /// Longest request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -21,8 +21,11 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
     Router::new()
         .route("/snapshots", get(list))
         .route("/snapshots/{name}", put(prepare).delete(release))
+        .route("/cache", get(cache))
         .route("/restores", get(restores))
+        .route("/store", get(store))
         .route("/restores/{id}/settle", put(settle))
+        .route("/restores/{id}/timeline", get(timeline))
         .fallback(|| async {
             Failure(Error::not_found("the path", "there is no such route")).into_response()
         })
@@ -30,12 +33,40 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .with_state(daemon)
 }
 
-/// The body of a prepare call; without one the mode is `auto`.
+/// The body of a prepare call; without one the mode is `auto`, and the profile the usual one.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Prepare {
     #[serde(default)]
     mode: PrepareMode,
+    /// Bring all of it into the node's cache, and keep it there while it is prepared.
+    #[serde(default)]
+    warm: bool,
+    #[serde(default)]
+    profile: String,
+}
+
+/// The body of a release call.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Release {
+    #[serde(default)]
+    profile: String,
+}
+
+/// A body, or its default where there is none.
+fn body<T: Default + serde::de::DeserializeOwned>(text: &str, remedy: &str) -> Result<T, Failure> {
+    match text.trim() {
+        "" => Ok(T::default()),
+        text => serde_json::from_str(text).map_err(|error| {
+            Failure(Error::invalid("the body", format!("{error}: send {remedy}")))
+        }),
+    }
+}
+
+/// A snapshot by name, in one of its uses.
+fn use_of(name: &str, profile: &str) -> Result<Use, Failure> {
+    Ok((name.parse().map_err(Failure)?, profile.parse().map_err(Failure)?))
 }
 
 /// An error as its status and `{"error": line}`.
@@ -75,32 +106,51 @@ async fn restores(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
     Json(json!(daemon.restores()))
 }
 
+async fn store(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(daemon.store())
+}
+
+async fn cache(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
+    Json(json!({
+        "memory_bytes": daemon.node.memory_cache_bytes(),
+        "disk": daemon.node.cache_status(),
+    }))
+}
+
 async fn prepare(
     State(daemon): State<Arc<Daemon>>,
     Path(name): Path<String>,
-    body: String,
+    text: String,
 ) -> Result<Json<Value>, Failure> {
-    let name: Name = name.parse().map_err(Failure)?;
-    let request: Prepare = match body.trim() {
-        "" => Prepare::default(),
-        text => serde_json::from_str(text).map_err(|error| {
-            let remedy = r#"send {"mode": "auto" | "record" | "prefetch" | "demand"}"#;
-            Failure(Error::invalid("the body", format!("{error}: {remedy}")))
-        })?,
-    };
-    let description = daemon.prepare(name, request.mode).await.map_err(Failure)?;
+    let remedy = r#"{"mode": "auto" | "record" | "prefetch" | "demand", "profile": text, "warm": true | false}"#;
+    let request: Prepare = body(&text, remedy)?;
+    let key = use_of(&name, &request.profile)?;
+    let description = daemon.prepare(key, request.mode, request.warm).await.map_err(Failure)?;
     Ok(Json(json!(description)))
 }
 
 async fn release(
     State(daemon): State<Arc<Daemon>>,
     Path(name): Path<String>,
+    text: String,
 ) -> Result<Json<Value>, Failure> {
-    let name: Name = name.parse().map_err(Failure)?;
-    match daemon.release(&name).await {
-        true => Ok(Json(json!({ "released": name }))),
+    let request: Release = body(&text, r#"{"profile": text}"#)?;
+    let key = use_of(&name, &request.profile)?;
+    match daemon.release(&key).await {
+        true => Ok(Json(json!({ "released": name, "profile": request.profile }))),
         false => Err(Failure(Error::not_found(&name, "the snapshot is not prepared"))),
     }
+}
+
+async fn timeline(
+    State(daemon): State<Arc<Daemon>>,
+    Path(id): Path<u64>,
+) -> Result<Json<Value>, Failure> {
+    let found = daemon.timeline(id);
+    let (restore, timeline) = found.ok_or_else(|| {
+        Failure(Error::not_found(format!("restore {id}"), "there is no such restore"))
+    })?;
+    Ok(Json(json!({ "restore": restore, "events": timeline.events, "dropped": timeline.dropped })))
 }
 
 async fn settle(

@@ -31,16 +31,27 @@ pub enum Command {
         daemon: RunDir,
         /// Name of the snapshot
         name: String,
-        /// auto: record a working set if there is none, else prefetch it; record: record a new one;
-        /// prefetch: there must be one; demand: neither
+        /// auto: record a working set if there is none, else prefetch it and go on learning; record: record a
+        /// new one in its place; prefetch: there must be one, and it is used as it is; demand: neither
         #[arg(long, value_enum, default_value_t = PrepareMode::Auto)]
         mode: PrepareMode,
+        /// Which use of the snapshot this is, when it has several that touch other pages. Each has its own
+        /// socket (NAME,PROFILE.sock) and its own working set
+        #[arg(long, default_value = "", hide_default_value = true)]
+        profile: String,
+        /// Bring all of it into this node's cache before this returns, and keep it there while it is
+        /// prepared: no restore and no reader waits for the store then
+        #[arg(long)]
+        warm: bool,
     },
     /// Show what the running daemon has prepared and what it restores
     Status {
         /// Where the daemon runs
         #[command(flatten)]
         daemon: RunDir,
+        /// Show what this restore did when; with --json for 'reap-pack ws show --timeline'
+        #[arg(long, value_name = "RESTORE")]
+        timeline: Option<u64>,
     },
     /// Stop accepting VMs for a snapshot; VMs that run go on
     Release {
@@ -49,6 +60,9 @@ pub enum Command {
         daemon: RunDir,
         /// Name of the snapshot
         name: String,
+        /// The profile that it was prepared with
+        #[arg(long, default_value = "", hide_default_value = true)]
+        profile: String,
     },
 }
 
@@ -100,6 +114,10 @@ pub struct Run {
     /// A recording is published when no new page was touched for this long
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
     pub settle: u64,
+    /// Most bytes of the pages of one working set; what is touched most often stays. 512 MiB install in a
+    /// quarter of a second, and no function that was measured touches a fifth of that at its start
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = parse_size)]
+    pub working_set_size: u64,
     /// After SIGTERM, VMs get the rest of their memory so that they can go on alone; one that has not
     /// got it after this long is ended
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]

@@ -3,24 +3,27 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use reap_prefetcher::{Mode, RestoreReport, Server};
+use reap_prefetcher::{Mode, RestoreReport, Server, Timeline};
 use reap_store::pack::{differences, host_facts};
-use reap_store::{Error, FileKind, Name, Node, Snapshot, SnapshotId, Touch, WorkingSet};
+use reap_store::{Error, FileKind, Name, Node, Profile, Snapshot, SnapshotId};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::kept::KeptFrames;
+use super::learner::{Learner, Learning, Subject};
 
 /// How restores of a prepared snapshot are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum PrepareMode {
-    /// Record a working set if there is none, else prefetch it.
+    /// Record a working set if there is none, else prefetch it and go on learning.
     #[default]
     Auto,
-    /// Record a new one.
+    /// Record a new one in its place.
     Record,
-    /// There must be one.
+    /// There must be one; it is used as it is.
     Prefetch,
     /// Neither.
     Demand,
@@ -30,15 +33,19 @@ pub enum PrepareMode {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Description {
     name: Name,
+    /// Empty for the usual one.
+    profile: String,
     id: SnapshotId,
     mode: PrepareMode,
     /// Sequence of the working set that the next restore gets.
     working_set: Option<u64>,
+    learning: Learning,
     uffd: PathBuf,
     memory: Option<PathBuf>,
     state: Option<PathBuf>,
     disks: BTreeMap<String, PathBuf>,
-    /// What differs between this machine and the one that the snapshot was made on.
+    /// What differs between this machine and the one that the snapshot was made on, and what the cache
+    /// has no room to keep.
     warnings: Vec<String>,
 }
 
@@ -46,11 +53,25 @@ pub(super) struct Description {
 struct Prepared {
     name: Name,
     snapshot: Arc<Snapshot>,
+    profile: Profile,
     mode: PrepareMode,
     socket: PathBuf,
-    working_set: Mutex<Option<Arc<WorkingSet>>>,
-    /// One recording of a snapshot at a time is enough; others are served on demand.
-    recording: AtomicBool,
+    learner: Arc<Learner>,
+}
+
+/// A snapshot in one of its uses.
+pub(super) type Use = (Name, Profile);
+
+impl Prepared {
+    /// How the next VM is served.
+    fn choose(&self) -> Mode {
+        match self.mode {
+            PrepareMode::Demand => Mode::Demand,
+            PrepareMode::Auto => self.learner.next(),
+            PrepareMode::Record => self.learner.record(),
+            PrepareMode::Prefetch => self.learner.set().map_or(Mode::Demand, Mode::Prefetch),
+        }
+    }
 }
 
 /// All that a running daemon has.
@@ -59,103 +80,88 @@ pub(super) struct Daemon {
     pub(super) server: Server,
     pub(super) mount: PathBuf,
     sockets: PathBuf,
-    prepared: Mutex<BTreeMap<Name, Arc<Prepared>>>,
+    /// Most bytes of a working set's pages.
+    working_set_bytes: u64,
+    prepared: Mutex<BTreeMap<Use, Arc<Prepared>>>,
     /// One change at a time, so that a socket and its snapshot belong together.
     change: tokio::sync::Mutex<()>,
 }
 
 impl Daemon {
-    pub(super) fn new(node: Node, server: Server, mount: PathBuf, sockets: PathBuf) -> Self {
+    pub(super) fn new(
+        node: Node,
+        server: Server,
+        mount: PathBuf,
+        sockets: PathBuf,
+        working_set_bytes: u64,
+    ) -> Self {
         let (prepared, change) = (Mutex::default(), tokio::sync::Mutex::default());
-        Self { node, server, mount, sockets, prepared, change }
+        Self { node, server, mount, sockets, working_set_bytes, prepared, change }
     }
 
-    /// Opens a snapshot, finds its working set, and listens for VMMs. Preparing a name again takes
-    /// up its newest snapshot and working set; VMs that run are not touched.
+    /// Opens a snapshot, finds its working set, and listens for VMMs. Preparing a name and profile again
+    /// takes up its newest snapshot and working set; VMs that run are not touched. `warm` brings all of it
+    /// into the node's cache first.
     pub(super) async fn prepare(
         self: &Arc<Self>,
-        name: Name,
+        (name, profile): Use,
         mode: PrepareMode,
+        warm: bool,
     ) -> Result<Description, Error> {
         let _one_change = self.change.lock().await;
         let snapshot = self.node.open_name(&name).await?;
-        let working_set = match mode {
-            PrepareMode::Auto | PrepareMode::Prefetch => self.node.working_set(&snapshot).await?,
-            PrepareMode::Record | PrepareMode::Demand => None,
+        let set = match mode {
+            PrepareMode::Demand => None,
+            _ => self.node.working_set_of(&snapshot, &profile).await?,
         };
-        if mode == PrepareMode::Prefetch && working_set.is_none() {
+        if mode == PrepareMode::Prefetch && set.is_none() {
             let text = "there is no usable working set: prepare it with mode auto or record first";
             return Err(Error::refused(&name, text));
         }
-        let socket = self.sockets.join(format!("{name}.sock"));
+        let kept = match warm {
+            true => KeptFrames::warm(&name, &snapshot).await?,
+            false => KeptFrames::default(),
+        };
+        // A name has no comma.
+        let both = match profile.as_str() {
+            "" => name.to_string(),
+            profile => format!("{name},{profile}"),
+        };
+        let socket = self.sockets.join(format!("{both}.sock"));
+        let subject = Subject {
+            snapshot: snapshot.clone(),
+            profile: profile.clone(),
+            name: both,
+            limit_bytes: self.working_set_bytes,
+            kept,
+        };
+        let learner = Learner::new(self.node.clone(), subject, set, mode == PrepareMode::Record);
         let prepared = Arc::new(Prepared {
             name: name.clone(),
             snapshot: snapshot.clone(),
+            profile: profile.clone(),
             mode,
             socket: socket.clone(),
-            working_set: Mutex::new(working_set),
-            recording: AtomicBool::new(false),
+            learner: Arc::new(learner),
         });
-        if let Some(former) = self.prepared.lock().remove(&name) {
+        let key = (name, profile);
+        if let Some(former) = self.prepared.lock().remove(&key) {
             self.server.unbind(&former.socket);
         }
-        let (daemon, chosen) = (Arc::downgrade(self), Arc::downgrade(&prepared));
-        let choose = move || match (daemon.upgrade(), chosen.upgrade()) {
-            (Some(daemon), Some(prepared)) => daemon.choose(&prepared),
-            _ => Mode::Demand,
-        };
+        let chosen = Arc::downgrade(&prepared);
+        let choose = move || chosen.upgrade().map_or(Mode::Demand, |prepared| prepared.choose());
         self.server
             .bind(&socket, snapshot, choose)
-            .map_err(|error| Error::refused(&name, error))?;
+            .map_err(|error| Error::refused(&key.0, error))?;
         let description = self.describe(&prepared);
-        self.prepared.lock().insert(name, prepared);
+        self.prepared.lock().insert(key, prepared);
         Ok(description)
     }
 
-    /// How the next VM of a prepared snapshot is served.
-    fn choose(self: &Arc<Self>, prepared: &Arc<Prepared>) -> Mode {
-        let set = prepared.working_set.lock().clone();
-        match (prepared.mode, set) {
-            (PrepareMode::Demand, _) => Mode::Demand,
-            (PrepareMode::Auto | PrepareMode::Prefetch, Some(set)) => Mode::Prefetch(set),
-            // Without a set only a damaged store leaves this mode; then demand is right, if slow.
-            (PrepareMode::Prefetch, None) => Mode::Demand,
-            (PrepareMode::Auto | PrepareMode::Record, _) => {
-                if prepared.recording.swap(true, Ordering::AcqRel) {
-                    return Mode::Demand;
-                }
-                let (daemon, recorded) = (self.clone(), prepared.clone());
-                Mode::Record(Box::new(move |touches| {
-                    let node = daemon.node.clone();
-                    node.spawn(async move { daemon.publish(&recorded, &touches).await });
-                }))
-            }
-        }
-    }
-
-    /// Publishes a recording; restores from now on use it.
-    async fn publish(&self, prepared: &Prepared, touches: &[Touch]) {
-        let snapshot = &prepared.snapshot;
-        let published = match self.node.publish_working_set(snapshot, touches).await {
-            Ok(_) => self.node.working_set(snapshot).await,
-            Err(error) => Err(error),
-        };
-        match published {
-            Ok(Some(set)) => {
-                let (sequence, pages) = (set.sequence(), set.data_pages());
-                tracing::info!("{}: working set {sequence}: {pages} pages", prepared.name);
-                *prepared.working_set.lock() = Some(set);
-            }
-            Ok(None) => tracing::warn!("{}: the working set cannot be read back", prepared.name),
-            Err(error) => tracing::warn!("{}: no working set: {error}", prepared.name),
-        }
-        prepared.recording.store(false, Ordering::Release);
-    }
-
-    /// Stops listening for a name; whether it was prepared.
-    pub(super) async fn release(&self, name: &Name) -> bool {
+    /// Stops listening for a name and profile; whether it was prepared.
+    pub(super) async fn release(&self, key: &Use) -> bool {
         let _one_change = self.change.lock().await;
-        let Some(prepared) = self.prepared.lock().remove(name) else { return false };
+        let Some(prepared) = self.prepared.lock().remove(key) else { return false };
         self.server.unbind(&prepared.socket);
         true
     }
@@ -169,6 +175,16 @@ impl Daemon {
         self.server.restores()
     }
 
+    /// How the store is reached, and what was asked of it since the daemon started.
+    pub(super) fn store(&self) -> Value {
+        json!({ "connection": self.node.connection(), "fetch": self.node.counters() })
+    }
+
+    /// What restore `id` did when.
+    pub(super) fn timeline(&self, id: u64) -> Option<(RestoreReport, Timeline)> {
+        self.server.timeline(id)
+    }
+
     fn describe(&self, prepared: &Prepared) -> Description {
         let snapshot = &prepared.snapshot;
         // By id: the paths stay those of this snapshot when the name moves.
@@ -178,16 +194,20 @@ impl Daemon {
             Some(directory.join(&file.name))
         };
         let disks = snapshot.files().iter().filter(|file| file.kind == FileKind::Disk);
+        let mut warnings = differences(&snapshot.facts().host, &host_facts());
+        warnings.extend(prepared.learner.kept().warning());
         Description {
             name: prepared.name.clone(),
+            profile: prepared.profile.to_string(),
             id: snapshot.id(),
             mode: prepared.mode,
-            working_set: prepared.working_set.lock().as_ref().map(|set| set.sequence()),
+            working_set: prepared.learner.set().map(|set| set.sequence()),
+            learning: prepared.learner.progress(),
             uffd: prepared.socket.clone(),
             memory: path_of(FileKind::Memory),
             state: path_of(FileKind::State),
             disks: disks.map(|disk| (disk.name.clone(), directory.join(&disk.name))).collect(),
-            warnings: differences(&snapshot.facts().host, &host_facts()),
+            warnings,
         }
     }
 }

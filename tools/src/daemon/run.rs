@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use reap_fs::{Mount, MountConfig, MountError, StopOutcome, is_under};
 use reap_prefetcher::{Server, ServerConfig};
-use reap_store::{Error, Name, Node, NodeConfig};
+use reap_store::{Error, Name, Node, NodeConfig, Profile};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,8 +15,15 @@ use super::arguments::Run;
 use super::prepared::{Daemon, PrepareMode};
 use crate::output::size;
 
+/// How long `ready` waits to hear what the store cannot do.
+const PROBE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long users of the mount may go on after SIGTERM.
 const MOUNT_GRACE: Duration = Duration::from_secs(2);
+
+/// A VM's userfaultfd, its socket and its pidfd, and one that is there for a moment.
+const DESCRIPTORS_OF_A_VM: u64 = 4;
+/// Packs, connections to a store, the mount, handshakes in progress, clients of the API.
+const OTHER_DESCRIPTORS: u64 = 1024;
 
 pub(super) fn run(arguments: &Run) -> Result<()> {
     start_log();
@@ -27,16 +34,18 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     let node = Node::start(&NodeConfig {
         store_url: arguments.store.clone(),
         cache_dir: Some(arguments.cache.clone()),
+        readers_dir: None,
         disk_cache_bytes: arguments.cache_size,
         disk_free_floor_bytes: arguments.cache_free_floor,
         memory_cache_bytes: arguments.memory_cache,
     })?;
+    let max_vms = room_for_vms();
     let server = Server::start(ServerConfig {
+        max_vms,
         socket_mode: arguments.socket_mode,
         socket_uid: arguments.socket_uid,
         fault_deadline: Duration::from_secs(arguments.fault_deadline),
         settle: Duration::from_secs(arguments.settle),
-        ..ServerConfig::default()
     })
     .map_err(|error| Error::local("userfaultfd server", error))?;
     let mount = MountConfig {
@@ -48,7 +57,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         _ => Error::refused("mount", error),
     })?;
     tracing::info!(
-        "serving {} on {}: memory cache {}, disk cache {}",
+        "serving {} on {}: memory cache {}, disk cache {}, at most {max_vms} VMs by userfaultfd",
         arguments.store,
         mount.path().display(),
         size(arguments.memory_cache),
@@ -56,11 +65,40 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     );
     let sockets = run_dir.path.join("uffd");
     let mount_path = mount.path().to_owned();
-    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets));
+    let limit = arguments.working_set_size;
+    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets, limit));
     let served = node.block_on(serve(&daemon, &run_dir, names));
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
     served
+}
+
+/// Says what the store cannot do. Reading needs none of it.
+async fn probe_store(node: &Node) {
+    if node.store().objects().local_root().is_some() {
+        return;
+    }
+    match tokio::time::timeout(PROBE_DEADLINE, node.store().probe()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!("{error}; snapshots that are there are served all the same");
+        }
+        Err(_) => tracing::warn!("it is not known whether the store keeps create-only: no answer"),
+    }
+}
+
+/// Most VMs that this process has descriptors for, once it may open as many as it can be allowed. One VM more is
+/// refused, which is better than to fail anywhere.
+fn room_for_vms() -> usize {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit on open files stays as it is: {error}");
+    }
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let room = files.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_OF_A_VM;
+    usize::try_from(room).unwrap_or(usize::MAX).min(ServerConfig::default().max_vms)
 }
 
 fn start_log() {
@@ -142,9 +180,14 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     std::fs::set_permissions(&api, private)?;
     let ready = async {
-        for name in names {
-            daemon.prepare(name, PrepareMode::Auto).await?;
-        }
+        let prepare = async {
+            for name in names {
+                daemon.prepare((name, Profile::default()), PrepareMode::Auto, false).await?;
+            }
+            Ok::<_, Error>(())
+        };
+        let (prepared, ()) = tokio::join!(prepare, probe_store(&daemon.node));
+        prepared?;
         std::fs::write(run_dir.path.join("ready"), format!("{}\n", std::process::id()))?;
         tracing::info!("ready");
         Ok::<_, anyhow::Error>(())

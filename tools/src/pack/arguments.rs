@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use reap_store::verify::Share;
+
+use super::verify::{LevelArgument, parse_share};
 use crate::output::{EXIT_CODES, parse_size};
 
 /// Packs microVM snapshots into a content-addressed, deduplicated store.
@@ -47,14 +50,27 @@ pub enum Command {
         /// Where to; made if it is not there, files in it are never overwritten
         directory: PathBuf,
     },
-    /// Read, decode and check everything that a snapshot consists of
-    Verify {
+    /// Check what a snapshot consists of, as deeply as is asked for. Changes nothing; a missing object of
+    /// a snapshot halts collection
+    Verify(Verify),
+    /// Bring back what is missing or damaged, from another store or from nodes' caches. Reads every pack;
+    /// halts collection before it changes anything, and leaves it so
+    Repair {
         /// Name or id
         #[arg(required_unless_present = "all")]
         snapshot: Option<String>,
         /// All snapshots of the store
         #[arg(long)]
         all: bool,
+        /// A store with the same objects (a replica) or the same pages (a copy)
+        #[arg(long, value_name = "URL")]
+        from: Option<String>,
+        /// The --cache directory of a reapd that does not run; may be given several times
+        #[arg(long = "cache", value_name = "DIR")]
+        caches: Vec<PathBuf>,
+        /// Only show what is wrong and what can be brought back
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Delete what no snapshot needs: removed snapshots, and what dead packers left. Safe beside packers,
     /// readers and other collectors
@@ -131,12 +147,37 @@ pub struct IndexDirectory {
 impl IndexDirectory {
     /// The directory, if there is a place for one.
     pub fn path(&self) -> Option<PathBuf> {
+        self.directory.clone().or_else(Self::usual)
+    }
+
+    /// The directory of commands that have no such option.
+    pub fn usual() -> Option<PathBuf> {
         let set = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty());
         let cache = || set("XDG_CACHE_HOME").map(PathBuf::from);
         let home = || set("HOME").map(|home| PathBuf::from(home).join(".cache"));
         let usual = || cache().or_else(home).map(|cache| cache.join("reap"));
-        self.directory.clone().or_else(usual)
+        set("REAP_INDEX").map(PathBuf::from).or_else(usual)
     }
+}
+
+/// Arguments of `verify`.
+#[derive(Args, Debug)]
+pub struct Verify {
+    /// Name or id
+    #[arg(required_unless_present = "all")]
+    pub snapshot: Option<String>,
+    /// All snapshots of the store, names, and the records that belong to no snapshot
+    #[arg(long)]
+    pub all: bool,
+    /// How deeply to look; each level includes those before it
+    #[arg(long, value_enum, default_value_t = LevelArgument::Everything)]
+    pub level: LevelArgument,
+    /// How much --level sample reads: a share of the frames, or bytes
+    #[arg(long, value_name = "PERCENT%|SIZE", default_value = "1%", value_parser = parse_share)]
+    pub sample: Share,
+    /// Pick the frames that this number picks, and not others each time
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
 }
 
 /// Arguments of `pack`.
@@ -170,6 +211,10 @@ pub struct Pack {
     pub diff: bool,
     #[command(flatten)]
     pub index: IndexDirectory,
+    /// Leave what is packed for the cache of this node's reapd: the directory of its --cache. For remote
+    /// stores
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
     /// The VMM that wrote the snapshot, such as firecracker
     #[arg(long)]
     pub vmm: Option<String>,
@@ -188,15 +233,49 @@ pub struct Pack {
 /// What to do with working sets.
 #[derive(Debug, Subcommand)]
 pub enum WorkingSets {
+    /// List all working sets of a snapshot, newest first
+    Ls {
+        /// Name or id
+        snapshot: String,
+    },
+    /// Show what a working set holds; with --html as a picture
+    Show {
+        #[command(flatten)]
+        which: Which,
+        /// Write one HTML file with a map of guest memory and, with --timeline, what a restore did
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+        /// What 'reapd --json status --timeline RESTORE' printed
+        #[arg(long, value_name = "FILE", requires = "html")]
+        timeline: Option<PathBuf>,
+    },
+    /// Take a snapshot's working set out of use: the next restore records a new one
+    Rm {
+        /// Name or id
+        snapshot: String,
+        /// The profile
+        #[arg(long, default_value = "", hide_default_value = true)]
+        profile: String,
+    },
     /// Write the recorded pages of guest memory as text, a page number and its first touch in
     /// microseconds a line, in first-touch order
     Export {
-        /// Name or id
-        snapshot: String,
+        #[command(flatten)]
+        which: Which,
         /// The file to write
         file: PathBuf,
-        /// Which working set; else the one that a restore would use
-        #[arg(long)]
-        sequence: Option<u64>,
     },
+}
+
+/// A working set.
+#[derive(Args, Debug)]
+pub struct Which {
+    /// Name or id
+    pub snapshot: String,
+    /// The profile
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub profile: String,
+    /// Which working set; else the one that a restore would use
+    #[arg(long)]
+    pub sequence: Option<u64>,
 }

@@ -27,7 +27,7 @@ impl Context<'_> {
         }
         let interrupted = watch_signals(self.runtime)?;
         let mut progress = Progress::new("copying", self.json);
-        let copied = self.with_node(|node| {
+        let copied = self.with_node(index.path(), |node| {
             let mut report = reporter(&mut progress, &interrupted);
             let index = index.path();
             let copied =

@@ -26,7 +26,7 @@ impl Context<'_> {
         let mut progress = Progress::new("repacking", self.json);
         let threshold = f64::from(threshold_percent) / 100.0;
         let index = index.path();
-        let repacked = self.with_node(|node| {
+        let repacked = self.with_node(index.clone(), |node| {
             let mut report = reporter(&mut progress, &interrupted);
             let (runtime, index) = (self.runtime, index.as_ref());
             let repacked = repack(node, runtime, &usage, &ids, threshold, index, &mut report);

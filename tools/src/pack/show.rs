@@ -5,7 +5,8 @@ use reap_store::format::record::Commit;
 use reap_store::{Node, SnapshotId};
 use serde_json::{Value, json};
 
-use super::Context;
+use super::arguments::IndexDirectory;
+use super::{Context, ws};
 use crate::output::{size, time};
 
 impl Context<'_> {
@@ -40,7 +41,8 @@ impl Context<'_> {
     pub(super) fn show(&self, snapshot: &str) -> Result<()> {
         let store = self.store()?;
         let id = self.find_live(&store, snapshot)?;
-        let mut value = self.with_node(|node| node.block_on(describe(node, id)))?;
+        let mut value =
+            self.with_node(IndexDirectory::usual(), |node| node.block_on(describe(node, id)))?;
         let names: Vec<String> = self
             .runtime
             .block_on(store.names())?
@@ -57,23 +59,7 @@ impl Context<'_> {
 async fn describe(node: &Node, id: SnapshotId) -> Result<Value> {
     let snapshot = node.open_id(id).await?;
     let commit = snapshot.commit();
-    let mut working_sets = Vec::new();
-    for listed in node.store().working_sets(id).await? {
-        working_sets.push(match node.open_working_set(&snapshot, listed).await {
-            Ok(set) => json!({
-                "sequence": set.sequence(),
-                "stored_bytes": set.stored_bytes(),
-                "data_pages": set.data_pages(),
-                "zero_pages": set.zero_pages(),
-                "created": time(set.created_unix_ms()),
-            }),
-            Err(error) => json!({
-                "sequence": listed.sequence,
-                "stored_bytes": listed.stored_bytes,
-                "damaged": error.to_string(),
-            }),
-        });
-    }
+    let working_sets = ws::list(node, id).await?;
     let files: Vec<Value> = snapshot
         .files()
         .iter()
@@ -170,17 +156,7 @@ fn lines(value: &Value) -> String {
         text(&host["kernel"])
     ));
     for set in list(&value["working_sets"]) {
-        out.push_str(&match set.get("damaged") {
-            Some(why) => format!("working set {}: not usable: {}\n", set["sequence"], text(why)),
-            None => format!(
-                "working set {}: {} pages and {} zero pages in {}, recorded {}\n",
-                set["sequence"],
-                set["data_pages"],
-                set["zero_pages"],
-                bytes(&set["stored_bytes"]),
-                text(&set["created"])
-            ),
-        });
+        out.push_str(&format!("{}\n", ws::line(&set)));
     }
     out
 }

@@ -23,17 +23,21 @@ impl Context<'_> {
         for (number, one) in usage.snapshots.iter().enumerate() {
             let names = names.get(&one.snapshot).cloned().unwrap_or_default();
             text.push_str(&format!(
-                "{}  {}: raw {}, not zero {}, stored {}, of that its own {}, manifest {}, working sets {}\n",
+                "{}  {}: raw {}, not zero {}, unique {}, stored {}, of that its own {}, manifest {}, working sets {}\n",
                 one.snapshot,
                 if names.is_empty() { "(no name)".to_owned() } else { names.join(" ") },
                 size(one.raw_bytes),
                 size(one.data_bytes),
+                size(one.unique_bytes),
                 size(one.stored_bytes),
                 size(one.exclusive_bytes),
                 size(one.manifest_bytes),
                 size(one.working_set_bytes),
             ));
             value["snapshots"][number]["names"] = json!(names);
+        }
+        for (owner, bytes) in &usage.garbage {
+            text.push_str(&format!("{owner}  (removed or given up): garbage {}\n", size(*bytes)));
         }
         text.push_str(&format!(
             "{} snapshots: raw {}, unique {}, stored {}; garbage {}, dead in packs that are in use {}, unfinished {}",

@@ -16,6 +16,14 @@ impl Mapped {
         let map = unsafe { memmap2::Mmap::map(&file)? };
         Ok(Self(map))
     }
+
+    /// Bytes that are in no file.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn of(bytes: &[u8]) -> std::io::Result<Self> {
+        let mut map = memmap2::MmapMut::map_anon(bytes.len())?;
+        map.copy_from_slice(bytes);
+        Ok(Self(map.make_read_only()?))
+    }
 }
 
 impl Deref for Mapped {

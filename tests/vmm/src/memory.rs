@@ -1,43 +1,20 @@
-//! A pretend VMM: maps memory, registers it, shakes hands, touches pages and checks every byte.
+//! The memory of a pretend VM.
 
 #![expect(unsafe_code, reason = "maps and touches memory as a VMM does")]
 
-use std::io::IoSlice;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use reap_store::PAGE_SIZE;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-
-/// The true content of a page: every fifth is zero, every seventh repeats another's.
-pub fn true_page(page: u64) -> Vec<u8> {
-    let mut bytes = vec![0u8; PAGE_SIZE];
-    if page.is_multiple_of(5) {
-        return bytes;
-    }
-    let seed = if page.is_multiple_of(7) { 1 } else { page };
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    for word in bytes.chunks_exact_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        // Half of each word repeats, so that pages compress a little.
-        word[..4].copy_from_slice(&state.to_le_bytes()[..4]);
-        word[4..].copy_from_slice(&seed.to_le_bytes()[..4]);
-    }
-    bytes
-}
-
-pub fn true_memory(pages: u64) -> Vec<u8> {
-    (0..pages).flat_map(true_page).collect()
-}
+use crate::content::{PAGE_BYTES, true_page};
+use crate::socket::send;
 
 /// Memory of a pretend VM: several mappings, each with its place in the memory file.
 pub struct PretendVm {
+    /// As (address, bytes, offset in the file).
     regions: Vec<(u64, u64, u64)>,
     page_bytes: u64,
+    /// `None`: memory that nobody else serves.
     uffd: Option<OwnedFd>,
     socket: Option<UnixStream>,
 }
@@ -48,6 +25,11 @@ unsafe impl Send for PretendVm {}
 unsafe impl Sync for PretendVm {}
 
 impl PretendVm {
+    /// One region of 4 KiB pages.
+    pub fn whole(pages: u64) -> std::io::Result<Self> {
+        Self::map(&[(0, pages)], PAGE_BYTES as u64)
+    }
+
     /// Maps regions of (offset in the file, pages of 4 KiB) with gaps between them, and registers them.
     pub fn map(regions: &[(u64, u64)], page_bytes: u64) -> std::io::Result<Self> {
         let features = userfaultfd::FeatureFlags::EVENT_REMOVE;
@@ -58,52 +40,41 @@ impl PretendVm {
             .user_mode_only(false)
             .create()
             .map_err(std::io::Error::other)?;
-        let mut vm = Self { regions: Vec::new(), page_bytes, uffd: None, socket: None };
+        let mut mapped = Vec::new();
         for (offset, pages) in regions {
-            let bytes = pages * PAGE_SIZE as u64;
-            let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            if page_bytes > PAGE_SIZE as u64 {
-                flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
-            }
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY: a new anonymous mapping disturbs nothing.
-            let at = unsafe {
-                libc::mmap(std::ptr::null_mut(), bytes as usize, protection, flags, -1, 0)
-            };
-            if at == libc::MAP_FAILED {
-                return Err(std::io::Error::last_os_error());
-            }
-            if page_bytes == PAGE_SIZE as u64 {
-                // SAFETY: the range was mapped a moment ago.
-                unsafe { libc::madvise(at, bytes as usize, libc::MADV_NOHUGEPAGE) };
-            }
+            let bytes = pages * PAGE_BYTES as u64;
+            let at = map(bytes, page_bytes)?;
             uffd.register(at, bytes as usize).map_err(std::io::Error::other)?;
-            vm.regions.push((at as u64, bytes, *offset));
+            mapped.push((at as u64, bytes, *offset));
         }
         // The crate's `into_raw_fd` closes what it gives away.
         let raw = rustix::io::dup(borrow(&uffd))?.into_raw_fd();
         // SAFETY: the duplicate is ours alone.
-        vm.uffd = Some(unsafe { OwnedFd::from_raw_fd(raw) });
-        Ok(vm)
+        let uffd = unsafe { OwnedFd::from_raw_fd(raw) };
+        Ok(Self { regions: mapped, page_bytes, uffd: Some(uffd), socket: None })
+    }
+
+    /// Plain memory, for what is not part of the snapshot.
+    pub(crate) fn unserved(pages: u64) -> std::io::Result<Self> {
+        let (bytes, page_bytes) = (pages * PAGE_BYTES as u64, PAGE_BYTES as u64);
+        let regions = vec![(map(bytes, page_bytes)? as u64, bytes, 0)];
+        Ok(Self { regions, page_bytes, uffd: None, socket: None })
     }
 
     /// The message that a VMM sends.
     pub fn message(&self) -> String {
-        let regions: Vec<_> = self
-            .regions
-            .iter()
-            .map(|(start, bytes, offset)| {
-                serde_json::json!({
-                    "base_host_virt_addr": start, "size": bytes, "offset": offset,
-                    "page_size": self.page_bytes, "page_size_kib": self.page_bytes,
-                })
+        let describe = |(start, bytes, offset): &(u64, u64, u64)| {
+            serde_json::json!({
+                "base_host_virt_addr": start, "size": bytes, "offset": offset,
+                "page_size": self.page_bytes, "page_size_kib": self.page_bytes,
             })
-            .collect();
-        serde_json::to_string(&regions).expect("JSON")
+        };
+        serde_json::Value::from_iter(self.regions.iter().map(describe)).to_string()
     }
 
+    /// The userfaultfd.
     pub fn uffd(&self) -> BorrowedFd<'_> {
-        self.uffd.as_ref().expect("a userfaultfd").as_fd()
+        self.uffd.as_ref().expect("memory that is served").as_fd()
     }
 
     /// Connects and shakes hands as Firecracker does; keeps the socket, gives the userfaultfd away
@@ -122,7 +93,7 @@ impl PretendVm {
 
     /// Addresses of all pages, with their numbers in the file.
     pub fn pages(&self) -> Vec<(u64, u64)> {
-        let size = PAGE_SIZE as u64;
+        let size = PAGE_BYTES as u64;
         self.regions
             .iter()
             .flat_map(|(start, bytes, offset)| {
@@ -133,10 +104,10 @@ impl PretendVm {
 
     /// What a guest would read there. Faults if need be.
     pub fn read(&self, address: u64) -> Vec<u8> {
-        let mut bytes = vec![0u8; PAGE_SIZE];
+        let mut bytes = vec![0u8; PAGE_BYTES];
         // SAFETY: `address` is a page of this VM's mappings, which live as long as it does.
         unsafe {
-            std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), PAGE_SIZE);
+            std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), PAGE_BYTES);
         }
         bytes
     }
@@ -149,9 +120,18 @@ impl PretendVm {
 
     /// Gives pages back, as a balloon does. Returns once the handler has read the event.
     pub fn remove(&self, address: u64, pages: u64) {
-        let bytes = pages as usize * PAGE_SIZE;
+        self.advise(address, pages, libc::MADV_DONTNEED);
+    }
+
+    /// Splits a mapping, as a VMM that advises a part of its memory does.
+    pub fn split(&self, address: u64, pages: u64) {
+        self.advise(address, pages, libc::MADV_DONTDUMP);
+    }
+
+    fn advise(&self, address: u64, pages: u64, advice: libc::c_int) {
+        let bytes = pages as usize * PAGE_BYTES;
         // SAFETY: the range is inside this VM's mappings; nobody holds references into it.
-        let result = unsafe { libc::madvise(address as *mut _, bytes, libc::MADV_DONTNEED) };
+        let result = unsafe { libc::madvise(address as *mut _, bytes, advice) };
         assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
 
@@ -166,6 +146,24 @@ impl PretendVm {
     }
 }
 
+fn map(bytes: u64, page_bytes: u64) -> std::io::Result<*mut libc::c_void> {
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    if page_bytes > PAGE_BYTES as u64 {
+        flags |= libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new anonymous mapping disturbs nothing.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes as usize, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    if page_bytes == PAGE_BYTES as u64 {
+        // SAFETY: the range was mapped a moment ago.
+        unsafe { libc::madvise(at, bytes as usize, libc::MADV_NOHUGEPAGE) };
+    }
+    Ok(at)
+}
+
 impl Drop for PretendVm {
     fn drop(&mut self) {
         for (start, bytes, _) in &self.regions {
@@ -178,17 +176,4 @@ impl Drop for PretendVm {
 fn borrow(uffd: &userfaultfd::Uffd) -> BorrowedFd<'_> {
     // SAFETY: open as long as `uffd` is.
     unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) }
-}
-
-/// Sends bytes with descriptors.
-pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
-    }
-    let sent =
-        rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
-    assert_eq!(sent, bytes.len());
-    Ok(())
 }
