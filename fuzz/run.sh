@@ -31,7 +31,7 @@ run() {
     local target=$1
     cp -r "fuzz/corpus/$target" "$scratch/$target"
     if (ulimit -v 1048576; "target/release/$target" "${bounds[@]}" -max_len="$(longest_bytes "$target")" \
-        -timeout=10 -print_final_stats=1 -artifact_prefix="fuzz/artifacts/$target-" "$scratch/$target") \
+        -timeout=60 -print_final_stats=1 -artifact_prefix="fuzz/artifacts/$target-" "$scratch/$target") \
         >"$scratch/$target.log" 2>&1; then
         sed -n "s/^stat::number_of_executed_units: *//p" "$scratch/$target.log" >"$scratch/$target.count"
         echo "fuzz: $target: $(cat "$scratch/$target.count") executions, no crash"

@@ -1,6 +1,7 @@
 //! Reading a range of a file, and finding its data and holes; without FUSE.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,28 +12,29 @@ const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Reads `length` bytes at `offset`, fewer at the end of the file, and hands them to `done`: on
 /// this thread if all frames are in memory, else on a decode thread. Never waits. Zeros cost
-/// nothing; bytes that cannot be had are an error, never zeros.
+/// nothing; bytes that cannot be had are an error, never zeros. Answers with the pages that it asked for.
 pub(crate) fn read(
     snapshot: &Arc<Snapshot>,
     file: usize,
     offset: u64,
     length: u32,
     done: impl FnOnce(Result<&[u8], Error>) + Send + 'static,
-) {
+) -> Range<u64> {
     let size = snapshot.files()[file].size;
     let end = size.min(offset.saturating_add(u64::from(length)));
     if offset >= end {
         done(Ok(&[]));
-        return;
+        return 0..0;
     }
     let span = Span { snapshot: snapshot.clone(), file, offset, end };
-    snapshot.note_read(file, span.pages());
-    let frames = snapshot.frames_of(file, span.pages());
+    let pages = span.pages();
+    snapshot.note_read(file, pages.clone());
+    let frames = snapshot.frames_of(file, pages.clone());
     let cached: Option<HashMap<FrameIndex, Frame>> =
         frames.iter().map(|frame| Some((*frame, snapshot.cached(*frame)?))).collect();
     if let Some(cached) = cached {
         done(Ok(&span.assemble(&cached)));
-        return;
+        return pages;
     }
     let missing = AtomicUsize::new(frames.len());
     let state = Mutex::new((HashMap::new(), Some(done)));
@@ -59,6 +61,7 @@ pub(crate) fn read(
             done(Ok(&span.assemble(&arrived)));
         }
     });
+    pages
 }
 
 /// A range of a file that is not empty.
@@ -70,7 +73,7 @@ struct Span {
 }
 
 impl Span {
-    fn pages(&self) -> std::ops::Range<u64> {
+    fn pages(&self) -> Range<u64> {
         self.offset / PAGE..self.end.div_ceil(PAGE)
     }
 

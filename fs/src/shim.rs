@@ -15,7 +15,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use reap_store::{Error, Name, Node, SnapshotId};
+use reap_store::{Ahead, Error, Name, Node, SnapshotId};
 
 use crate::errno;
 use crate::poison::Poison;
@@ -47,7 +47,15 @@ pub(crate) struct Shim {
 struct State {
     inodes: Inodes,
     listings: Mutex<HashMap<u64, Arc<Vec<Listed>>>>,
+    /// Of open files. One whose handle is not known, as after a restart of ours, is read all the same.
+    readers: Mutex<HashMap<u64, Arc<Ahead>>>,
     next_handle: AtomicU64,
+}
+
+impl State {
+    fn new_handle(&self) -> u64 {
+        self.next_handle.fetch_add(1, Ordering::Relaxed) + 1
+    }
 }
 
 impl Shim {
@@ -142,16 +150,20 @@ impl Shim {
         });
     }
 
-    fn read_file(&self, ino: u64, offset: u64, size: u32, reply: ReplyData) {
+    fn read_file(&self, ino: u64, handle: u64, offset: u64, size: u32, reply: ReplyData) {
         match self.state.inodes.get(ino) {
             Some(Entry::File(snapshot, file)) => {
-                read(&snapshot, file, offset, size, move |bytes| match bytes {
+                let pages = read(&snapshot, file, offset, size, move |bytes| match bytes {
                     Ok(bytes) => reply.data(bytes),
                     Err(error) => {
                         tracing::error!("read of inode {ino} at {offset}: {error}");
                         reply.error(errno::of_read(&error));
                     }
                 });
+                let reader = self.state.readers.lock().get(&handle).cloned();
+                if let Some(reader) = reader {
+                    reader.reads(pages);
+                }
             }
             Some(_) => reply.error(Errno::EISDIR),
             None => reply.error(Errno::ESTALE),
@@ -183,7 +195,7 @@ fn open_listing(state: &State, ino: u64, entries: Vec<Listed>, reply: ReplyOpen)
         (ROOT, FileType::Directory, "..".to_owned()),
     ];
     listing.extend(entries);
-    let handle = state.next_handle.fetch_add(1, Ordering::Relaxed) + 1;
+    let handle = state.new_handle();
     state.listings.lock().insert(handle, Arc::new(listing));
     reply.opened(FileHandle(handle), FopenFlags::empty());
 }
@@ -345,7 +357,12 @@ impl Filesystem for Shim {
                 return;
             }
             match self.state.inodes.get(ino.0) {
-                Some(Entry::File(..)) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+                Some(Entry::File(snapshot, file)) => {
+                    let handle = self.state.new_handle();
+                    let reader = Arc::new(Ahead::new(snapshot, file));
+                    self.state.readers.lock().insert(handle, reader);
+                    reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+                }
                 Some(_) => reply.error(Errno::EISDIR),
                 None => reply.error(Errno::ESTALE),
             }
@@ -356,14 +373,32 @@ impl Filesystem for Shim {
         &self,
         _: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         size: u32,
         _: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded(|| self.read_file(ino.0, offset, size, reply));
+        guarded(|| self.read_file(ino.0, handle.0, offset, size, reply));
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        guarded(|| {
+            let reader = self.state.readers.lock().remove(&handle.0);
+            reply.ok();
+            // It may be the last to hold its snapshot: outside the lock.
+            drop(reader);
+        });
     }
 
     fn write(

@@ -30,6 +30,7 @@ pub use disk::CacheStatus;
 use disk::DiskCache;
 use hedge::Hedging;
 use memory::MemoryCache;
+pub(crate) use ranges::LONGEST_STREAMED_BYTES;
 use ranges::{RangeRead, Shape};
 
 /// Demand requests in flight to a remote store. A bound, not a target: faults are few.
@@ -166,6 +167,16 @@ impl Fetcher {
         self.0.memory.lock().bytes()
     }
 
+    /// Most bytes of decoded frames in memory.
+    pub(crate) fn most_memory_bytes(&self) -> u64 {
+        self.0.memory.lock().limit()
+    }
+
+    /// Whether the store is on this machine.
+    pub(crate) fn is_local(&self) -> bool {
+        self.0.objects.local_root().is_some()
+    }
+
     /// The disk cache, if there is one.
     pub(crate) fn disk(&self) -> Option<&DiskCache> {
         self.0.disk.as_ref()
@@ -199,7 +210,7 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
-        self.fetch_shaped(wanted, urgency, Shape::Spread, done);
+        self.fetch_shaped(wanted, urgency, Shape::Near, done);
     }
 
     /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
@@ -211,8 +222,7 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
-        let local = self.0.objects.local_root().is_some();
-        let shape = if local { Shape::Alone } else { Shape::Spread };
+        let shape = if self.is_local() { Shape::Alone } else { Shape::Spread };
         self.fetch_shaped(wanted, urgency, shape, done);
     }
 

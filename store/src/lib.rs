@@ -12,6 +12,7 @@
     )
 )]
 
+mod ahead;
 pub mod collect;
 pub mod copy;
 pub mod error;
@@ -42,6 +43,7 @@ pub mod verify;
 mod workers;
 pub mod working_set;
 
+pub use ahead::Ahead;
 pub use error::{Error, ErrorKind};
 pub use fetch::{CacheStatus, FetchCounters};
 pub use id::{Hash, Name, Profile, SnapshotId};

@@ -20,6 +20,10 @@ impl MemoryCache {
         self.bytes
     }
 
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
     pub(super) fn get(&mut self, key: &FrameKey) -> Option<Frame> {
         self.frames.get(key).cloned()
     }

@@ -30,7 +30,7 @@ impl Fetcher {
     /// Starts reads, which are all of one urgency. Never waits.
     pub(super) fn begin(&self, reads: Vec<RangeRead>) {
         let Some(urgency) = reads.first().map(|read| read.urgency) else { return };
-        let is_local = |read: &RangeRead| read.from_cache || self.0.objects.local_root().is_some();
+        let is_local = |read: &RangeRead| read.from_cache || self.is_local();
         let (local, remote): (Vec<_>, Vec<_>) = reads.into_iter().partition(is_local);
         let jobs = local.into_iter().map(|read| {
             let fetcher = self.clone();
@@ -72,7 +72,7 @@ impl Fetcher {
                 None => missing.push(spec),
             }
         }
-        let groups = ranges::merge(missing, Shape::Spread);
+        let groups = ranges::merge(missing, Shape::Near);
         self.begin(groups.into_iter().map(|group| read.again(group)).collect());
         self.decode(read, here, true);
     }
