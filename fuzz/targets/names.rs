@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use libfuzzer_sys::fuzz_target;
-use reap_store::format::keys::{self, PackId};
+use reap_store::format::keys::{self, NameKey, PackId};
 use reap_store::{Name, SnapshotId};
 
 fuzz_target!(|text: &str| {
@@ -19,6 +19,9 @@ fuzz_target!(|text: &str| {
     }
     if let Some(sequence) = keys::sequence_of(text) {
         assert!(sequence <= keys::MAX_SEQUENCE && text.ends_with(&format!("{sequence:012}")));
+    }
+    if let Some(NameKey::Hint(sequence, id)) = keys::name_key(text) {
+        assert!(sequence <= keys::MAX_SEQUENCE && text.ends_with(&format!("{sequence:012}.{id}")));
     }
     if let Some(id) = keys::id_of(text) {
         assert!(text.ends_with(&id.to_string()));

@@ -272,7 +272,21 @@ impl Node {
 
     /// Opens what `name` stands for now.
     pub async fn open_name(&self, name: &Name) -> Result<Arc<Snapshot>, Error> {
-        let opened = self.open_id(self.resolve(name).await?).await;
+        let looked_up = self.0.store.look_up(name).await?;
+        let hint = looked_up.hint;
+        let hinted = async {
+            match hint {
+                // Whatever is wrong with it is said below, if it is what the name stands for.
+                Some(id) => self.open_id(id).await.ok(),
+                None => None,
+            }
+        };
+        let (id, hinted) = futures::join!(self.0.store.read_name(name, looked_up), hinted);
+        let id = id?;
+        let opened = match hinted {
+            Some(snapshot) if snapshot.id() == id => Ok(snapshot),
+            _ => self.open_id(id).await,
+        };
         opened.map_err(|error| match error.kind() {
             ErrorKind::NotFound => Error::not_found(name, error),
             _ => error,

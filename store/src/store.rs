@@ -1,44 +1,32 @@
-//! The store's records: names, commits, removals, manifests.
+//! The store's records: commits, removals, manifests, working sets; names are in [`names`].
 
-use std::collections::BTreeMap;
+mod names;
 
-use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
 use crate::format::keys;
 use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest, Run};
 use crate::format::record::{
-    self, Commit, Decision, MAX_RECORD_BYTES, Marker, Record, Reference, StoreRecord, VERSION,
+    self, Commit, Decision, MAX_RECORD_BYTES, Marker, Record, StoreRecord, VERSION,
 };
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::format::{Malformed, require};
 use crate::id::Hash;
 use crate::objects::Objects;
-use crate::{Error, ErrorKind, Name, Snapshot, SnapshotId, Source, WorkingSetRun, probe, snapshot};
+use crate::{Error, ErrorKind, Snapshot, SnapshotId, Source, WorkingSetRun, probe, snapshot};
 
-/// Records that are read at the same time when many are.
-const PARALLEL_READS: usize = 32;
 /// How often a create-only sequence is tried when others create in it too.
 const SEQUENCE_TRIES: usize = 16;
 /// What is read of a working set at once: the header of any set up to some 10,000 runs.
 const FIRST_READ_BYTES: u64 = 256 << 10;
+
+pub use names::Named;
 
 /// An opened store. Clones share connections.
 #[derive(Clone)]
 pub struct Store {
     objects: Objects,
     record: StoreRecord,
-}
-
-/// A name and what it stands for.
-#[derive(Clone, Debug)]
-pub struct Named {
-    /// The name.
-    pub name: Name,
-    /// What it stands for.
-    pub snapshot: SnapshotId,
-    /// Since when, milliseconds since 1970.
-    pub since_unix_ms: u64,
 }
 
 /// A working set in a listing.
@@ -123,60 +111,6 @@ impl Store {
         &self.objects
     }
 
-    /// What `name` stands for.
-    pub async fn resolve(&self, name: &Name) -> Result<SnapshotId, Error> {
-        let records = keys::refs(name);
-        // Most names are given once: the first record is read while it is asked which is the newest.
-        let (newest, first) = futures::join!(
-            self.newest_sequence(&records),
-            self.reference(name, keys::FIRST_SEQUENCE)
-        );
-        let missing = || {
-            let text = "there is no snapshot of this name: 'reap-pack ls' lists them";
-            Error::not_found(name, text)
-        };
-        let reference = match newest?.ok_or_else(missing)? {
-            keys::FIRST_SEQUENCE if first.is_ok() => first,
-            sequence => self.reference(name, sequence).await,
-        };
-        Ok(reference?.snapshot)
-    }
-
-    async fn reference(&self, name: &Name, sequence: u64) -> Result<Reference, Error> {
-        let key = keys::reference(name, sequence);
-        let reference: Reference = read_record(&self.objects, &key).await?;
-        if reference.name != name.as_str() || reference.sequence != sequence {
-            return Err(Error::damaged(key, "belongs to another name"));
-        }
-        Ok(reference)
-    }
-
-    /// All names and what they stand for, removed snapshots left out; by name.
-    pub async fn names(&self) -> Result<Vec<Named>, Error> {
-        let (refs, removed) =
-            futures::try_join!(self.objects.list("ref/"), self.ids_under("tomb/"))?;
-        let mut newest = BTreeMap::new();
-        for object in refs {
-            let mut parts = object.key.splitn(3, '/').skip(1);
-            let name = parts.next().and_then(|name| name.parse::<Name>().ok());
-            let (Some(name), Some(sequence)) = (name, keys::sequence_of(&object.key)) else {
-                return Err(Error::damaged(object.key, "is not a key that this program knows"));
-            };
-            newest.insert(name, sequence);
-        }
-        let named = futures::stream::iter(newest)
-            .map(|(name, sequence)| async move {
-                let reference = self.reference(&name, sequence).await?;
-                let (snapshot, since_unix_ms) = (reference.snapshot, reference.created_unix_ms);
-                Ok::<_, Error>(Named { name, snapshot, since_unix_ms })
-            })
-            .buffered(PARALLEL_READS)
-            .try_collect::<Vec<_>>()
-            .await?;
-        let kept = |named: &Named| removed.binary_search(&named.snapshot).is_err();
-        Ok(named.into_iter().filter(kept).collect())
-    }
-
     /// Ids of all snapshots that exist: decided (to commit, for all that a listing tells) and not
     /// removed.
     pub async fn ids(&self) -> Result<Vec<SnapshotId>, Error> {
@@ -241,40 +175,6 @@ impl Store {
             return Err(Error::damaged(key, "does not belong to its commit record"));
         }
         Ok((commit, manifest))
-    }
-
-    /// Makes `name` stand for `snapshot` from now on; answers with the record's sequence.
-    pub async fn tag(&self, name: &Name, snapshot: SnapshotId) -> Result<u64, Error> {
-        let nonce = SnapshotId::random();
-        self.create_next(&keys::refs(name), |sequence| name_record(name, sequence, snapshot, nonce))
-            .await
-    }
-
-    /// Makes `name` stand for `to` if it stands for `from` now; says whether it does.
-    pub(crate) async fn move_name(
-        &self,
-        name: &Name,
-        from: SnapshotId,
-        to: SnapshotId,
-    ) -> Result<bool, Error> {
-        let nonce = SnapshotId::random();
-        for _ in 0..SEQUENCE_TRIES {
-            let Some(newest) = self.newest_sequence(&keys::refs(name)).await? else {
-                return Ok(false);
-            };
-            if self.reference(name, newest).await?.snapshot != from {
-                return Ok(false);
-            }
-            let next = keys::next_sequence(&keys::refs(name), Some(newest))?;
-            let (key, chunks) = name_record(name, next, to, nonce);
-            match self.objects.create(&key, &chunks).await {
-                Ok(()) => return Ok(true),
-                // Somebody moved it meanwhile, perhaps elsewhere.
-                Err(error) if error.kind() == ErrorKind::Exists => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Err(Error::refused(name, "others move it all the time: try again"))
     }
 
     /// Removes a snapshot, for ever: its names are no more, and collection may take its packs.
@@ -394,23 +294,6 @@ pub(crate) fn check_bound<'a>(
     };
     let same = all(&header.zero_runs, true) && all(&header.runs, false);
     require(same, "has other zero pages than its snapshot")
-}
-
-/// The record that makes `name` stand for `snapshot`: its key and its bytes.
-fn name_record(
-    name: &Name,
-    sequence: u64,
-    snapshot: SnapshotId,
-    nonce: SnapshotId,
-) -> (String, Vec<bytes::Bytes>) {
-    let reference = Reference {
-        name: name.to_string(),
-        sequence,
-        snapshot,
-        nonce,
-        created_unix_ms: record::now_unix_ms(),
-    };
-    (keys::reference(name, sequence), vec![record::seal(&reference).into()])
 }
 
 /// Reads a sealed record. One that does not unseal is read once more: it may be whole in the store.

@@ -2,6 +2,7 @@
 //! prefetched; and what happens when things break.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -38,6 +39,16 @@ fn past_the_page_cache(path: &Path) -> Result<fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits())?;
     Ok(fs::File::options().read(true).custom_flags(direct).open(path)?)
+}
+
+/// Reads a part of a file in pieces from back to front, so that nothing else is read ahead of it; whole pieces.
+fn read_backwards(file: &fs::File, range: std::ops::Range<usize>) -> std::io::Result<Vec<u8>> {
+    const PIECE: usize = 128 << 10;
+    let mut bytes = vec![0; range.len()];
+    for (number, piece) in bytes.chunks_exact_mut(PIECE).enumerate().rev() {
+        file.read_exact_at(piece, (range.start + number * PIECE) as u64)?;
+    }
+    Ok(bytes)
 }
 
 struct Fixture {

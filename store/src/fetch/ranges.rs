@@ -84,7 +84,9 @@ pub(super) fn merge(mut frames: Vec<FrameSpec>, shape: Shape) -> Vec<Vec<FrameSp
     let (gap, longest) = match shape {
         Shape::Alone => (0, 0),
         Shape::Spread => (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES)),
-        Shape::Near => (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_NEAR_BYTES, LONGEST_BYTES)),
+        Shape::Near => {
+            (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_NEAR_BYTES, LONGEST_BYTES))
+        }
         Shape::Long | Shape::ToDisk => (LARGEST_STREAMED_GAP_BYTES, LONGEST_STREAMED_BYTES),
     };
     let mut groups: Vec<Vec<FrameSpec>> = Vec::new();

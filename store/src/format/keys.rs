@@ -93,6 +93,36 @@ pub fn reference(name: &Name, sequence: u64) -> String {
     format!("ref/{name}/{sequence:012}")
 }
 
+/// Beside it: which snapshot it names, for whoever lists and has not read it yet.
+pub fn hint(name: &Name, sequence: u64, snapshot: SnapshotId) -> String {
+    format!("ref/{name}/{sequence:012}.{snapshot}")
+}
+
+/// What a key under `ref/` is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameKey {
+    /// The record of this sequence.
+    Record(u64),
+    /// The hint beside it.
+    Hint(u64, SnapshotId),
+}
+
+/// What this key under `ref/` is.
+pub fn name_key(key: &str) -> Option<NameKey> {
+    match key.rsplit_once('.') {
+        // A name may have dots as well; no name ends a key.
+        Some((record, snapshot)) if !snapshot.contains('/') => {
+            Some(NameKey::Hint(sequence_of(record)?, snapshot.parse().ok()?))
+        }
+        _ => sequence_of(key).map(NameKey::Record),
+    }
+}
+
+/// Whose name this key under `ref/` is about.
+pub fn name_of(key: &str) -> Option<Name> {
+    key.split('/').nth(1)?.parse().ok()
+}
+
 /// The pins of a node.
 pub fn pins(node: SnapshotId) -> String {
     format!("pin/{node}/")
@@ -134,6 +164,20 @@ pub fn id_of(key: &str) -> Option<SnapshotId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_of_a_name_and_its_hint_are_told_apart() {
+        let (name, id): (Name, _) =
+            ("a.b".parse().expect("a name"), SnapshotId::from_bytes([7; 16]));
+        let (record, hint) = (reference(&name, 5), hint(&name, 5, id));
+        assert_eq!(name_key(&record), Some(NameKey::Record(5)));
+        assert_eq!(name_key(&hint), Some(NameKey::Hint(5, id)));
+        assert_eq!((name_of(&record), name_of(&hint)), (Some(name.clone()), Some(name)));
+        assert_eq!(sequence_of(&hint), None, "a hint is no record");
+        for wrong in ["ref/f/5.07", "ref/f/000000000005.07", "ref/a.b/x", "ref/f/000000000005."] {
+            assert_eq!(name_key(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn a_sequence_number_is_twelve_digits_and_ends_there() {

@@ -23,7 +23,7 @@ use rand::{Rng, SeedableRng};
 use tokio::time::{Instant, sleep};
 
 use crate::SnapshotId;
-use crate::format::keys::{self, PackId};
+use crate::format::keys::{self, NameKey, PackId};
 use crate::format::record::{Condemned, Decision, unseal};
 
 /// Keys of one page of a listing.
@@ -215,12 +215,28 @@ impl State {
         Ok(())
     }
 
+    /// Whether a name has a newer record than this one, or the one that this hints at.
+    fn is_replaced(&self, key: &str) -> bool {
+        let (Some(name), Some(NameKey::Record(of) | NameKey::Hint(of, _))) =
+            (keys::name_of(key), keys::name_key(key))
+        else {
+            return false;
+        };
+        let records = self.objects.keys().filter(|other| other.starts_with(&keys::refs(&name)));
+        records.filter_map(|other| keys::sequence_of(other)).any(|other| other > of)
+    }
+
     fn delete(&mut self, key: &str) {
         if self.objects.remove(key).is_none() {
             return;
         }
         let kind = key.split('/').next().unwrap_or_default();
-        if !["pack", "manifest", "ws", "lease", "pin", "gc"].contains(&kind) {
+        let may_go = match kind {
+            "pack" | "manifest" | "ws" | "lease" | "pin" | "gc" => true,
+            "ref" => self.is_replaced(key),
+            _ => false,
+        };
+        if !may_go {
             self.violate(format!("{key} is deleted"));
         }
         if !["pack", "manifest"].contains(&kind) {

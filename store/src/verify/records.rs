@@ -6,15 +6,16 @@ use futures::{StreamExt, TryStreamExt};
 
 use super::sample::Sample;
 use super::{Findings, Level, Needed, is_finding};
+use crate::format::keys::{self, NameKey};
 use crate::format::manifest::{Manifest, Run};
 use crate::format::record::{
     CollectionReport, Commit, Condemned, Decision, Halt, MAX_RECORD_BYTES, Marker, Record,
     Reference,
 };
-use crate::format::{Malformed, keys, record};
+use crate::format::{Malformed, record};
 use crate::objects::ListedObject;
 use crate::store::{Store, read_record};
-use crate::{Error, ErrorKind, Name, SnapshotId};
+use crate::{Error, ErrorKind, SnapshotId};
 
 /// Records that are read at the same time.
 const PARALLEL_RECORDS: usize = 32;
@@ -121,7 +122,9 @@ impl Findings<'_> {
         let mut newest: BTreeMap<String, (u64, Result<SnapshotId, String>)> = BTreeMap::new();
         let listed = self.store.objects().list("ref/").await?;
         let store = self.store;
-        let mut read = futures::stream::iter(listed)
+        let is_hint = |key: &str| matches!(keys::name_key(key), Some(NameKey::Hint(..)));
+        let records = listed.into_iter().filter(|object| !is_hint(&object.key));
+        let mut read = futures::stream::iter(records)
             .map(|object| async move { read_reference(store, &object.key).await })
             .buffered(PARALLEL_RECORDS);
         while let Some(read) = read.next().await {
@@ -175,9 +178,8 @@ async fn read_reference(
     store: &Store,
     key: &str,
 ) -> Result<(String, u64, Result<SnapshotId, String>), Error> {
-    let mut parts = key.splitn(3, '/').skip(1);
-    let name = parts.next().unwrap_or_default().to_owned();
-    let (Ok(parsed), Some(sequence)) = (name.parse::<Name>(), keys::sequence_of(key)) else {
+    let name = key.split('/').nth(1).unwrap_or_default().to_owned();
+    let (Some(parsed), Some(sequence)) = (keys::name_of(key), keys::sequence_of(key)) else {
         return Ok((name, 0, Err(format!("{key}: is no key of this format"))));
     };
     match read_record::<Reference>(store.objects(), key).await {

@@ -9,7 +9,7 @@ use reap_tests::servers::{Azurite, Moto, run_body};
 use reap_tests::worker::{Worker, program, reap_pack, reap_pack_json};
 use rustix::process::{Pid, Signal};
 
-use super::{Fixture, past_the_page_cache, same_bytes};
+use super::{Fixture, past_the_page_cache, read_backwards, same_bytes};
 
 pub(super) const STORE: &str = "REAP_TEST_S3_STORE";
 pub(super) const SERVER: &str = "REAP_TEST_S3_SERVER";
@@ -112,15 +112,13 @@ fn s3_away() -> Result<()> {
     worker.prepare("f", "demand")?;
     let mounted = worker.mount().join("snapshots/f/memory");
     let expected = fs::read(&memory)?;
-    let mut file = past_the_page_cache(&mounted)?;
-    let mut half = vec![0; expected.len() / 2];
-    std::io::Read::read_exact(&mut file, &mut half)?;
+    let file = past_the_page_cache(&mounted)?;
+    let half = read_backwards(&file, 0..expected.len() / 2)?;
 
     rustix::process::kill_process(server, Signal::STOP)?;
     // The node has these frames; the kernel's own cache of the mount is emptied first.
     reap_tests::lab::evict(&mounted)?;
-    let mut again = vec![0; half.len()];
-    let cached = std::os::unix::fs::FileExt::read_exact_at(&file, &mut again, 0);
+    let cached = read_backwards(&file, 0..half.len());
     // The rest waits for the server, and comes when it is back.
     let path = mounted.clone();
     let waiting = std::thread::spawn(move || fs::read(path));
@@ -129,7 +127,7 @@ fn s3_away() -> Result<()> {
     rustix::process::kill_process(server, Signal::CONT)?;
     let back = std::time::Instant::now();
     let whole = waiting.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
-    cached.context("cached reads do not go on")?;
+    let again = cached.context("cached reads do not go on")?;
     ensure!(again == half && half[..] == expected[..half.len()], "other bytes from the cache");
     ensure!(waited, "the rest did not need the server: this test shows nothing");
     ensure!(whole? == expected, "other bytes after the server came back");

@@ -61,8 +61,9 @@ impl Behind {
         let memory = self.path("memory");
         fs::write(&memory, bytes)?;
         let memory = memory.display().to_string();
-        let arguments = ["pack", "--name", "f", "--memory", &memory];
-        let packed = self.pack_command(&[&arguments, more].concat())?;
+        let named: &[&str] = if more.contains(&"--name") { &[] } else { &["--name", "f"] };
+        let arguments = [&["pack", "--memory", &memory], named].concat();
+        let packed = self.pack_command(&[&arguments[..], more].concat())?;
         Ok((packed["id"].as_str().context("an id")?.to_owned(), packed))
     }
 
@@ -103,8 +104,17 @@ fn fill(page: &mut [u8], draws: &mut Draws) {
 fn a_cold_open_takes_two_rounds_by_id_and_three_by_name() -> Result<()> {
     let behind = Behind::start()?;
     let (id, _) = behind.pack(&pages(256, 1), &[])?;
-    for (path, most) in [(format!("by-id/{id}/memory"), 2), ("snapshots/f/memory".into(), 3)] {
-        let node = behind.new_node(&format!("node-{most}"))?;
+    for other in 2..5 {
+        behind.pack(&pages(16, other), &["--name", "moved"])?;
+    }
+    behind.pack_command(&["tag", &id, "moved"])?;
+    let ways = [
+        ("by-id", format!("by-id/{id}/memory"), 2),
+        ("by-name", "snapshots/f/memory".into(), 3),
+        ("by-a-name-that-moved", "snapshots/moved/memory".into(), 3),
+    ];
+    for (way, path, most) in ways {
+        let node = behind.new_node(way)?;
         behind.slow_down(150);
         let mut page = [0; PAGE];
         fs::File::open(node.mount().join(&path))?.read_exact_at(&mut page, 0)?;
