@@ -15,7 +15,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use reap_store::{Ahead, Error, Name, Node, SnapshotId};
+use reap_store::{Error, Name, Node, SequentialReader, SnapshotId};
 
 use crate::errno;
 use crate::poison::Poison;
@@ -48,7 +48,7 @@ struct State {
     inodes: Inodes,
     listings: Mutex<HashMap<u64, Arc<Vec<Listed>>>>,
     /// Of open files. One whose handle is not known, as after a restart of ours, is read all the same.
-    readers: Mutex<HashMap<u64, Arc<Ahead>>>,
+    readers: Mutex<HashMap<u64, Arc<SequentialReader>>>,
     next_handle: AtomicU64,
 }
 
@@ -359,7 +359,7 @@ impl Filesystem for Shim {
             match self.state.inodes.get(ino.0) {
                 Some(Entry::File(snapshot, file)) => {
                     let handle = self.state.new_handle();
-                    let reader = Arc::new(Ahead::new(snapshot, file));
+                    let reader = Arc::new(SequentialReader::new(snapshot, file));
                     self.state.readers.lock().insert(handle, reader);
                     reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
                 }

@@ -12,7 +12,6 @@
     )
 )]
 
-mod ahead;
 pub mod collect;
 pub mod copy;
 pub mod error;
@@ -33,6 +32,7 @@ mod reads;
 pub mod repack;
 pub mod repair;
 mod rewrite;
+mod sequential;
 #[cfg(test)]
 mod simulation;
 pub mod snapshot;
@@ -43,13 +43,13 @@ pub mod verify;
 mod workers;
 pub mod working_set;
 
-pub use ahead::Ahead;
 pub use error::{Error, ErrorKind};
 pub use fetch::{CacheStatus, FetchCounters};
 pub use id::{Hash, Name, Profile, SnapshotId};
 pub use keep::{Filled, Kept};
 pub use node::{Node, NodeConfig};
 pub use reads::ReadLog;
+pub use sequential::SequentialReader;
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;
 pub use working_set::{

@@ -23,7 +23,7 @@ const MOST_DECODED_BYTES: u64 = 32 << 20;
 const PART_OF_MEMORY: u64 = 3;
 
 /// One reader of a file: an open file handle.
-pub struct Ahead {
+pub struct SequentialReader {
     snapshot: Arc<Snapshot>,
     file: usize,
     progress: Mutex<Progress>,
@@ -39,7 +39,7 @@ struct Progress {
     step: Range<u64>,
 }
 
-impl Ahead {
+impl SequentialReader {
     /// For somebody who begins to read file number `file` of `snapshot`.
     pub fn new(snapshot: Arc<Snapshot>, file: usize) -> Self {
         Self { snapshot, file, progress: Mutex::default() }
