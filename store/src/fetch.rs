@@ -6,6 +6,7 @@
 //! the I/O runtime. What arrives is decoded and verified on the decode threads, and every waiter
 //! is called there.
 
+mod ahead;
 pub(crate) mod disk;
 mod hedge;
 mod memory;
@@ -26,6 +27,7 @@ use crate::format::keys::{self, PackId};
 use crate::objects::Objects;
 use crate::workers::Workers;
 use crate::{Error, Frame, Hash, SnapshotId, Urgency};
+pub(crate) use ahead::Ahead;
 pub use disk::CacheStatus;
 use disk::DiskCache;
 use hedge::Hedging;
@@ -199,7 +201,7 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
-        self.fetch_shaped(wanted, urgency, Shape::Spread, done);
+        self.fetch_shaped(wanted, urgency, Shape::Spread, None, done);
     }
 
     /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
@@ -213,17 +215,32 @@ impl Fetcher {
     ) {
         let local = self.0.objects.local_root().is_some();
         let shape = if local { Shape::Alone } else { Shape::Spread };
-        self.fetch_shaped(wanted, urgency, shape, done);
+        self.fetch_shaped(wanted, urgency, shape, None, done);
     }
 
     /// The same, in as few requests as possible: for reading much, where no frame is waited for.
     pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
-        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
+        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, None, done);
     }
 
-    /// The same, for the sake of the disk cache: also what is decoded in memory already.
-    pub(crate) fn fill(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
-        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::ToDisk, done);
+    /// The same, for the sake of the disk cache: also what is decoded in memory already. `soon`: somebody may wait
+    /// for it before it is all there.
+    pub(crate) fn fill(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        soon: bool,
+        done: &Done,
+    ) {
+        let shape = if soon { Shape::SpreadToDisk } else { Shape::LongToDisk };
+        self.fetch_shaped(wanted, Urgency::Prefetch, shape, None, done);
+    }
+
+    /// Decodes those of `wanted` that are read ahead, as they come; whoever wants one from now on joins.
+    pub(crate) fn decode_ahead(&self, wanted: impl Iterator<Item = FrameSpec>, ahead: &Arc<Ahead>) {
+        let held = wanted.filter(|spec| ahead.holds(&(spec.entry.offset..spec.entry.end())));
+        let held = held.map(|spec| (spec, 0));
+        let nobody: Done = Arc::new(|_, _| {});
+        self.fetch_shaped(held, Urgency::Prefetch, Shape::Spread, Some(ahead), &nobody);
     }
 
     fn fetch_shaped(
@@ -231,6 +248,7 @@ impl Fetcher {
         wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
         urgency: Urgency,
         shape: Shape,
+        ahead: Option<&Arc<Ahead>>,
         done: &Done,
     ) {
         let mut here = Vec::new();
@@ -238,10 +256,10 @@ impl Fetcher {
         let mut flights = self.0.flights.lock();
         for (spec, tag) in wanted {
             // Looked up under the flights' lock: `complete` fills memory before it ends a flight,
-            // so a frame is always found in one of the two.
-            if shape != Shape::ToDisk
-                && let Some(frame) = self.cached(&spec.key())
-            {
+            // so a frame is always found in one of the two. For the disk that counts only if it is
+            // on its way there.
+            let counts = !shape.is_to_disk() || self.is_coming_to_disk(&spec.key());
+            if counts && let Some(frame) = self.cached(&spec.key()) {
                 here.push((tag, frame));
                 continue;
             }
@@ -264,12 +282,16 @@ impl Fetcher {
                 }
             }
         }
-        let reads = self.plan(missing, urgency, shape, &mut flights);
+        let reads = self.plan(missing, urgency, shape, ahead, &mut flights);
         drop(flights);
         self.begin(reads);
         for (tag, frame) in here {
             done(tag, Ok(frame));
         }
+    }
+
+    fn is_coming_to_disk(&self, key: &FrameKey) -> bool {
+        self.0.disk.as_ref().is_some_and(|disk| disk.is_coming(key))
     }
 
     /// Merges frames into reads, which own their frames' flights from here on.
@@ -278,6 +300,7 @@ impl Fetcher {
         missing: Vec<FrameSpec>,
         urgency: Urgency,
         shape: Shape,
+        ahead: Option<&Arc<Ahead>>,
         flights: &mut HashMap<FrameKey, Flight>,
     ) -> Vec<RangeRead> {
         let (on_disk, in_store) = match &self.0.disk {
@@ -289,9 +312,12 @@ impl Fetcher {
         for (groups, from_cache) in [(on_disk, true), (in_store, false)] {
             for group in groups {
                 let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
+                let ahead = ahead.filter(|_| !from_cache).cloned();
                 for spec in &group {
                     if let Some(flight) = flights.get_mut(&spec.key()) {
                         flight.read = number;
+                        // What is read ahead is on its way already.
+                        flight.begun = ahead.is_some();
                     }
                 }
                 let since = Instant::now();
@@ -300,6 +326,7 @@ impl Fetcher {
                     urgency,
                     frames: group,
                     from_cache,
+                    ahead,
                     tries: 0,
                     since,
                 });

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
-use crate::fetch::{CacheStatus, FetchCounters, Fetcher};
+use crate::fetch::{Ahead, CacheStatus, FetchCounters, Fetcher};
 use crate::format::keys;
 use crate::format::manifest::Manifest;
 use crate::format::record::Commit;
@@ -273,10 +273,7 @@ impl Node {
     /// Opens what `name` stands for now.
     pub async fn open_name(&self, name: &Name) -> Result<Arc<Snapshot>, Error> {
         let opened = self.open_id(self.resolve(name).await?).await;
-        opened.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::not_found(name, error),
-            _ => error,
-        })
+        opened.map_err(|error| of_name(name, error))
     }
 
     /// All names in the store and what they stand for.
@@ -304,7 +301,17 @@ impl Node {
         snapshot: &Arc<Snapshot>,
         listed: ListedWorkingSet,
     ) -> Result<Arc<WorkingSet>, Error> {
-        let header = self.0.store.working_set_header(snapshot, listed).await?;
+        self.open_set(snapshot, listed, None).await
+    }
+
+    /// The same, from what is read ahead of it, if anything is.
+    async fn open_set(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        listed: ListedWorkingSet,
+        ahead: Option<&Ahead>,
+    ) -> Result<Arc<WorkingSet>, Error> {
+        let header = self.0.store.working_set_header(snapshot, listed, ahead).await?;
         let (sequence, bytes) = (listed.sequence, listed.stored_bytes);
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }
@@ -387,6 +394,14 @@ impl Drop for Inner {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+/// An error about the snapshot that a name stands for.
+fn of_name(name: &Name, error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound => Error::not_found(name, error),
+        _ => error,
     }
 }
 
