@@ -4,11 +4,13 @@
 //! (somebody asked before; wait with them), or it needs a [`ranges::RangeRead`]. Ranges are read
 //! by [`read`]: from a local store or the disk cache on the decode threads, from a remote store on
 //! the I/O runtime. What arrives is decoded and verified on the decode threads, and every waiter
-//! is called there.
+//! is called there. What is prefetched waits for its share of [`budget`] first ([`prefetch`]).
 
+mod budget;
 pub(crate) mod disk;
 mod hedge;
 mod memory;
+mod prefetch;
 mod ranges;
 mod read;
 
@@ -30,6 +32,8 @@ pub use disk::CacheStatus;
 use disk::DiskCache;
 use hedge::Hedging;
 use memory::MemoryCache;
+pub use prefetch::PrefetchStatus;
+use prefetch::Prefetches;
 use ranges::{RangeRead, Shape};
 
 /// Demand requests in flight to a remote store. A bound, not a target: faults are few.
@@ -111,6 +115,7 @@ struct Shared {
     disk: Option<DiskCache>,
     memory: Mutex<MemoryCache>,
     flights: Mutex<HashMap<FrameKey, Flight>>,
+    prefetches: Mutex<Prefetches>,
     open_packs: Mutex<lru::LruCache<ObjectId, Arc<std::fs::File>>>,
     demand_permits: Semaphore,
     hedging: Mutex<Hedging>,
@@ -135,6 +140,7 @@ impl Fetcher {
         workers: Workers,
         disk: Option<DiskCache>,
         memory_bytes: u64,
+        prefetch_bytes: u64,
     ) -> Self {
         let open_packs = std::num::NonZeroUsize::new(256).expect("not zero");
         Self(Arc::new(Shared {
@@ -144,6 +150,7 @@ impl Fetcher {
             disk,
             memory: Mutex::new(MemoryCache::new(memory_bytes)),
             flights: Mutex::default(),
+            prefetches: Mutex::new(Prefetches::new(prefetch_bytes)),
             open_packs: Mutex::new(lru::LruCache::new(open_packs)),
             demand_permits: Semaphore::new(DEMAND_REQUESTS),
             hedging: Mutex::new(Hedging::new()),
@@ -199,7 +206,7 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
-        self.fetch_shaped(wanted, urgency, Shape::Spread, done);
+        self.fetch_as(wanted, urgency, Shape::Spread, done);
     }
 
     /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
@@ -213,17 +220,32 @@ impl Fetcher {
     ) {
         let local = self.0.objects.local_root().is_some();
         let shape = if local { Shape::Alone } else { Shape::Spread };
-        self.fetch_shaped(wanted, urgency, shape, done);
+        self.fetch_as(wanted, urgency, shape, done);
     }
 
-    /// The same, in as few requests as possible: for reading much, where no frame is waited for.
+    /// Demand at once, the rest within its budget.
+    fn fetch_as(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        shape: Shape,
+        done: &Done,
+    ) {
+        match urgency {
+            Urgency::Demand => self.fetch_shaped(wanted, urgency, shape, done),
+            Urgency::Prefetch => self.prefetch(wanted.into_iter().collect(), shape, done),
+        }
+    }
+
+    /// In as few requests as possible: for reading much, where no frame is waited for. The caller bounds what
+    /// it asks for at once.
     pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
         self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
     }
 
-    /// The same, for the sake of the disk cache: also what is decoded in memory already.
+    /// As [`Self::fetch`] ahead of need, for the sake of the disk cache: also what is decoded in memory already.
     pub(crate) fn fill(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
-        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::ToDisk, done);
+        self.fetch_as(wanted, Urgency::Prefetch, Shape::ToDisk, done);
     }
 
     fn fetch_shaped(
@@ -267,8 +289,14 @@ impl Fetcher {
         let reads = self.plan(missing, urgency, shape, &mut flights);
         drop(flights);
         self.begin(reads);
-        for (tag, frame) in here {
-            done(tag, Ok(frame));
+        let jobs = here.into_iter().map(|(tag, frame)| {
+            let done = done.clone();
+            move || done(tag, Ok(frame))
+        });
+        match urgency {
+            Urgency::Demand => jobs.for_each(|job| job()),
+            // A thread that only asks is not to install as well, and several threads share the work.
+            Urgency::Prefetch => self.0.workers.submit_all(urgency, jobs),
         }
     }
 

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
-use crate::fetch::{CacheStatus, FetchCounters, Fetcher};
+use crate::fetch::{CacheStatus, FetchCounters, Fetcher, PrefetchStatus};
 use crate::format::keys;
 use crate::format::manifest::Manifest;
 use crate::format::record::Commit;
@@ -53,6 +53,9 @@ pub struct NodeConfig {
     pub disk_free_floor_bytes: u64,
     /// Most bytes of decoded frames kept in memory.
     pub memory_cache_bytes: u64,
+    /// Most bytes in flight of all that is prefetched: stored bytes asked for, and decoded ones until whoever
+    /// asked has had them. Less than two of the longest frames are not enough, and count as these (8 MiB).
+    pub prefetch_bytes: u64,
 }
 
 impl NodeConfig {
@@ -65,6 +68,7 @@ impl NodeConfig {
             disk_cache_bytes: 0,
             disk_free_floor_bytes: 0,
             memory_cache_bytes: 64 << 20,
+            prefetch_bytes: 256 << 20,
         }
     }
 }
@@ -148,6 +152,7 @@ impl Node {
             workers,
             disk,
             config.memory_cache_bytes,
+            config.prefetch_bytes,
         );
         let node = Self(Arc::new(Inner {
             runtime: Some(runtime),
@@ -208,6 +213,11 @@ impl Node {
     /// Bytes of decoded frames in memory.
     pub fn memory_cache_bytes(&self) -> u64 {
         self.0.fetcher.memory_bytes()
+    }
+
+    /// What is prefetched, against its bound.
+    pub fn prefetch_status(&self) -> PrefetchStatus {
+        self.0.fetcher.prefetch_status()
     }
 
     /// What the disk cache holds; `None` where there is none.

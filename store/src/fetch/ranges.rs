@@ -27,6 +27,8 @@ pub(crate) enum Shape {
     Alone,
     /// Soon there: spread over connections.
     Spread,
+    /// The same, where so many stored bytes of one caller are on their way in all.
+    Part(u64),
     /// As few as possible.
     Long,
     /// The same, to be there later.
@@ -72,13 +74,19 @@ impl RangeRead {
     }
 }
 
+/// Length of the requests over which so many bytes are spread.
+fn spread(bytes: u64) -> u64 {
+    (bytes / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES)
+}
+
 /// Groups frames into requests.
 pub(super) fn merge(mut frames: Vec<FrameSpec>, shape: Shape) -> Vec<Vec<FrameSpec>> {
     frames.sort_by_key(FrameSpec::key);
     let total: u64 = frames.iter().map(|frame| u64::from(frame.entry.stored_bytes)).sum();
     let (gap, longest) = match shape {
         Shape::Alone => (0, 0),
-        Shape::Spread => (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES)),
+        Shape::Spread => (LARGEST_GAP_BYTES, spread(total)),
+        Shape::Part(bytes) => (LARGEST_GAP_BYTES, spread(bytes)),
         Shape::Long | Shape::ToDisk => (LARGEST_STREAMED_GAP_BYTES, LONGEST_STREAMED_BYTES),
     };
     let mut groups: Vec<Vec<FrameSpec>> = Vec::new();

@@ -28,9 +28,13 @@ struct Served {
 
 impl Served {
     fn start(mode: &str, arguments: &[&str]) -> Result<Self> {
+        Self::of_pages(PAGES, mode, arguments)
+    }
+
+    fn of_pages(pages: u64, mode: &str, arguments: &[&str]) -> Result<Self> {
         let fixture = Fixture::new()?;
         let memory = fixture.path("memory");
-        std::fs::write(&memory, true_memory(PAGES))?;
+        std::fs::write(&memory, true_memory(pages))?;
         let file = memory.display().to_string();
         reap_pack_json(&fixture.url, &["pack", "--name", "f", "--memory", &file])?;
         let worker = fixture.worker(arguments)?;
@@ -113,6 +117,56 @@ fn hundreds_of_vms_at_once_get_every_byte() -> Result<()> {
     drop(vmms);
     served.wait_for_descriptors(before)?;
     ensure!(served.status_kib("VmHWM")? >> 10 < 128, "64 MiB and the cache of 64 MiB");
+    served.worker.stop()
+}
+
+/// Sets that are many times the budget, of many VMs at once.
+#[test]
+fn prefetches_stay_within_their_budget_and_bring_every_byte() -> Result<()> {
+    let (count, pages) = if FULL { (20, 131_072) } else { (8, 8192) };
+    let arguments = ["--prefetch-budget", "16MiB", "--memory-cache", "8MiB", "--settle", "1"];
+    let served = Served::of_pages(pages, "record", &arguments)?;
+    let mut recorded = served.vmm()?;
+    recorded.tell(&format!("check 0 {pages} 1 0"))?;
+    recorded.touches_us()?.context("it ended")?;
+    served.worker.wait_for_working_set("f")?;
+    drop(recorded);
+    served.worker.prepare("f", "prefetch")?;
+    let prefetch =
+        || Ok::<_, anyhow::Error>(served.worker.ask("status", &[])?["cache"]["prefetch"].clone());
+    let bytes = |status: &Value, name: &str| status[name].as_u64().context(name.to_owned());
+    let vmms = (0..count).map(|_| served.vmm()).collect::<Result<Vec<_>>>()?;
+    let began = Instant::now();
+    loop {
+        let status = prefetch()?;
+        if (bytes(&status, "in_flight_bytes")?, bytes(&status, "waiting")?) == (0, 0) {
+            break;
+        }
+        ensure!(began.elapsed() < Duration::from_secs(300), "{status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for mut vmm in vmms {
+        vmm.tell(&format!("check 0 {pages} 1 0"))?;
+        vmm.touches_us()?.context("a VMM ended")?;
+    }
+    let restores = served.restores()?;
+    let prefetched = restores.iter().filter(|restore| restore["mode"] == "prefetch");
+    ensure!(prefetched.clone().count() == count, "{restores:?}");
+    for restore in prefetched {
+        ensure!(restore["prefetched_pages"] == restore["planned_pages"], "{restore}");
+    }
+    let status = prefetch()?;
+    let (highest, limit) = (bytes(&status, "highest_bytes")?, bytes(&status, "limit_bytes")?);
+    println!(
+        "{count} VMs, sets of {} MiB, {:.1} s; prefetch {} KiB in flight at most, of {} KiB; reapd {} MiB at most",
+        pages >> 8,
+        began.elapsed().as_secs_f64(),
+        highest >> 10,
+        limit >> 10,
+        served.status_kib("VmHWM")? >> 10
+    );
+    ensure!(limit == 16 << 20 && highest <= limit, "{status}");
+    ensure!(highest >= limit / 2, "this shows nothing: {status}");
     served.worker.stop()
 }
 
