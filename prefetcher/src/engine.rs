@@ -95,6 +95,9 @@ impl Engine {
 
     /// The fault thread.
     pub(crate) fn run(self: &Arc<Self>) {
+        if let Err(error) = reap_store::take_short_turns() {
+            tracing::warn!("the fault thread may wait for its turn: {error}");
+        }
         persist(
             "faults",
             || self.serve(),

@@ -14,7 +14,7 @@ mod model;
 
 use std::io;
 use std::sync::LazyLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use reap_store::PAGE_SIZE;
@@ -36,6 +36,9 @@ const AGAIN_TRIES: u32 = 50;
 /// Events read in one turn. A fault that comes in while a REMOVE behind it is unread is tried again, so this bounds
 /// what a guest that makes events without end takes from the others, and nothing else.
 pub(crate) const EVENTS_AT_ONCE: usize = 128;
+/// How long the fault thread waits for the installs into one VM before it turns to the others. Their threads give
+/// way to all others, and one may have been stopped for milliseconds in the middle of a page.
+const LOCK_PATIENCE: Duration = Duration::from_micros(50);
 /// Most faults of one VM that wait at once. Each is a sleeping thread of the VMM, of which there
 /// are a few hundred at most; a VM that has more is not playing by the rules.
 const MAX_PENDING: usize = 1 << 16;
@@ -108,13 +111,16 @@ impl<K: Kernel> GuestMemory<K> {
     }
 
     /// Reads events with `read`, which says whether there may be more, and marks removals, as one step. Answers
-    /// with the events and the units that were removed.
+    /// with the events and the units that were removed; with none, and nothing read, while pages are being
+    /// installed: the events stay with the kernel, which says so again.
     pub(crate) fn read_events(
         &self,
         mut read: impl FnMut(&mut Vec<MemoryEvent>) -> io::Result<bool>,
     ) -> io::Result<(Vec<MemoryEvent>, u64)> {
         let (mut events, mut removed) = (Vec::new(), 0);
-        let mut pages = self.pages.write();
+        let Some(mut pages) = self.pages.try_write_for(LOCK_PATIENCE) else {
+            return Ok((events, removed));
+        };
         while events.len() < EVENTS_AT_ONCE && read(&mut events)? {}
         for event in &events {
             if let MemoryEvent::Removed(start, end) = event {
@@ -290,5 +296,58 @@ impl<K: Kernel> GuestMemory<K> {
             // Fewer bytes than units: our bug, and not the guest's.
             None => Outcome::Failed(libc::EINVAL),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Installs take until they are told to end.
+    struct Slow {
+        began: mpsc::Sender<()>,
+        end: Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl Kernel for Slow {
+        fn copy(&self, _: u64, bytes: &[u8]) -> Outcome {
+            self.began.send(()).expect("receiver");
+            self.end.lock().recv().expect("sender");
+            Outcome::Installed(bytes.len() as u64)
+        }
+
+        fn zero(&self, _: u64, bytes: u64) -> Outcome {
+            Outcome::Installed(bytes)
+        }
+
+        fn wake(&self, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn events_wait_for_an_install_and_the_fault_thread_does_not() {
+        let (began, installing) = mpsc::channel();
+        let (end, told) = mpsc::channel();
+        let page = PAGE_SIZE as u64;
+        let layout = Layout::new([(page, 4 * page, 0)].into_iter(), page, 4 * page);
+        let memory = GuestMemory::new(layout, Slow { began, end: Mutex::new(told) });
+        let fault = |events: &mut Vec<MemoryEvent>| {
+            events.push(MemoryEvent::Fault(0));
+            Ok(false)
+        };
+        std::thread::scope(|scope| {
+            let bytes = vec![1; PAGE_SIZE];
+            let memory = &memory;
+            scope.spawn(move || memory.install_ahead(0, 1, Some(&bytes), || true));
+            installing.recv().expect("it began");
+            let nothing = memory.read_events(|_| panic!("read during an install"));
+            assert_eq!(nothing.expect("no error"), (Vec::new(), 0));
+            end.send(()).expect("receiver");
+        });
+        let (events, _) = memory.read_events(fault).expect("read");
+        assert_eq!(events, [MemoryEvent::Fault(0)]);
     }
 }

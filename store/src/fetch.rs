@@ -4,11 +4,14 @@
 //! (somebody asked before; wait with them), or it needs a [`ranges::RangeRead`]. Ranges are read
 //! by [`read`]: from a local store or the disk cache on the decode threads, from a remote store on
 //! the I/O runtime. What arrives is decoded and verified on the decode threads, and every waiter
-//! is called there.
+//! is called there. What is prefetched waits for its share of [`budget`] first ([`prefetch`]).
 
+mod ahead;
+mod budget;
 pub(crate) mod disk;
 mod hedge;
 mod memory;
+mod prefetch;
 mod ranges;
 mod read;
 
@@ -26,10 +29,13 @@ use crate::format::keys::{self, PackId};
 use crate::objects::Objects;
 use crate::workers::Workers;
 use crate::{Error, Frame, Hash, SnapshotId, Urgency};
+pub(crate) use ahead::Ahead;
 pub use disk::CacheStatus;
 use disk::DiskCache;
 use hedge::Hedging;
 use memory::MemoryCache;
+pub use prefetch::PrefetchStatus;
+use prefetch::Prefetches;
 pub(crate) use ranges::LONGEST_STREAMED_BYTES;
 use ranges::{RangeRead, Shape};
 
@@ -112,6 +118,7 @@ struct Shared {
     disk: Option<DiskCache>,
     memory: Mutex<MemoryCache>,
     flights: Mutex<HashMap<FrameKey, Flight>>,
+    prefetches: Mutex<Prefetches>,
     open_packs: Mutex<lru::LruCache<ObjectId, Arc<std::fs::File>>>,
     demand_permits: Semaphore,
     hedging: Mutex<Hedging>,
@@ -136,6 +143,7 @@ impl Fetcher {
         workers: Workers,
         disk: Option<DiskCache>,
         memory_bytes: u64,
+        prefetch_bytes: u64,
     ) -> Self {
         let open_packs = std::num::NonZeroUsize::new(256).expect("not zero");
         Self(Arc::new(Shared {
@@ -145,6 +153,7 @@ impl Fetcher {
             disk,
             memory: Mutex::new(MemoryCache::new(memory_bytes)),
             flights: Mutex::default(),
+            prefetches: Mutex::new(Prefetches::new(prefetch_bytes)),
             open_packs: Mutex::new(lru::LruCache::new(open_packs)),
             demand_permits: Semaphore::new(DEMAND_REQUESTS),
             hedging: Mutex::new(Hedging::new()),
@@ -210,7 +219,7 @@ impl Fetcher {
         urgency: Urgency,
         done: &Done,
     ) {
-        self.fetch_shaped(wanted, urgency, Shape::Near, done);
+        self.fetch_as(wanted, urgency, Shape::Near, done);
     }
 
     /// The same for the frames of a working set, in their order. A local disk is read a frame at a time by
@@ -223,17 +232,47 @@ impl Fetcher {
         done: &Done,
     ) {
         let shape = if self.is_local() { Shape::Alone } else { Shape::Spread };
-        self.fetch_shaped(wanted, urgency, shape, done);
+        self.fetch_as(wanted, urgency, shape, done);
     }
 
-    /// The same, in as few requests as possible: for reading much, where no frame is waited for.
+    /// Demand at once, the rest within its budget.
+    fn fetch_as(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        urgency: Urgency,
+        shape: Shape,
+        done: &Done,
+    ) {
+        match urgency {
+            Urgency::Demand => self.fetch_shaped(wanted, urgency, shape, None, done),
+            Urgency::Prefetch => self.prefetch(wanted.into_iter().collect(), shape, done),
+        }
+    }
+
+    /// In as few requests as possible: for reading much, where no frame is waited for. The caller bounds what
+    /// it asks for at once.
     pub(crate) fn stream(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
-        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, done);
+        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::Long, None, done);
     }
 
-    /// The same, for the sake of the disk cache: also what is decoded in memory already.
-    pub(crate) fn fill(&self, wanted: impl IntoIterator<Item = (FrameSpec, usize)>, done: &Done) {
-        self.fetch_shaped(wanted, Urgency::Prefetch, Shape::ToDisk, done);
+    /// As [`Self::fetch`] ahead of need, for the sake of the disk cache: also what is decoded in memory already.
+    /// `soon`: somebody may wait for it before it is all there.
+    pub(crate) fn fill(
+        &self,
+        wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
+        soon: bool,
+        done: &Done,
+    ) {
+        let shape = if soon { Shape::SpreadToDisk } else { Shape::LongToDisk };
+        self.fetch_as(wanted, Urgency::Prefetch, shape, done);
+    }
+
+    /// Decodes those of `wanted` that are read ahead, as they come; whoever wants one from now on joins.
+    pub(crate) fn decode_ahead(&self, wanted: impl Iterator<Item = FrameSpec>, ahead: &Arc<Ahead>) {
+        let held = wanted.filter(|spec| ahead.holds(&(spec.entry.offset..spec.entry.end())));
+        let held = held.map(|spec| (spec, 0));
+        let nobody: Done = Arc::new(|_, _| {});
+        self.fetch_shaped(held, Urgency::Prefetch, Shape::Spread, Some(ahead), &nobody);
     }
 
     fn fetch_shaped(
@@ -241,6 +280,7 @@ impl Fetcher {
         wanted: impl IntoIterator<Item = (FrameSpec, usize)>,
         urgency: Urgency,
         shape: Shape,
+        ahead: Option<&Arc<Ahead>>,
         done: &Done,
     ) {
         let mut here = Vec::new();
@@ -248,10 +288,10 @@ impl Fetcher {
         let mut flights = self.0.flights.lock();
         for (spec, tag) in wanted {
             // Looked up under the flights' lock: `complete` fills memory before it ends a flight,
-            // so a frame is always found in one of the two.
-            if shape != Shape::ToDisk
-                && let Some(frame) = self.cached(&spec.key())
-            {
+            // so a frame is always found in one of the two. For the disk that counts only if it is
+            // on its way there.
+            let counts = !shape.is_to_disk() || self.is_coming_to_disk(&spec.key());
+            if counts && let Some(frame) = self.cached(&spec.key()) {
                 here.push((tag, frame));
                 continue;
             }
@@ -274,12 +314,22 @@ impl Fetcher {
                 }
             }
         }
-        let reads = self.plan(missing, urgency, shape, &mut flights);
+        let reads = self.plan(missing, urgency, shape, ahead, &mut flights);
         drop(flights);
         self.begin(reads);
-        for (tag, frame) in here {
-            done(tag, Ok(frame));
+        let jobs = here.into_iter().map(|(tag, frame)| {
+            let done = done.clone();
+            move || done(tag, Ok(frame))
+        });
+        match urgency {
+            Urgency::Demand => jobs.for_each(|job| job()),
+            // A thread that only asks is not to install as well, and several threads share the work.
+            Urgency::Prefetch => self.0.workers.submit_all(urgency, jobs),
         }
+    }
+
+    fn is_coming_to_disk(&self, key: &FrameKey) -> bool {
+        self.0.disk.as_ref().is_some_and(|disk| disk.is_coming(key))
     }
 
     /// Merges frames into reads, which own their frames' flights from here on.
@@ -288,6 +338,7 @@ impl Fetcher {
         missing: Vec<FrameSpec>,
         urgency: Urgency,
         shape: Shape,
+        ahead: Option<&Arc<Ahead>>,
         flights: &mut HashMap<FrameKey, Flight>,
     ) -> Vec<RangeRead> {
         let (on_disk, in_store) = match &self.0.disk {
@@ -299,9 +350,12 @@ impl Fetcher {
         for (groups, from_cache) in [(on_disk, true), (in_store, false)] {
             for group in groups {
                 let number = self.0.next_read.fetch_add(1, Ordering::Relaxed) + 1;
+                let ahead = ahead.filter(|_| !from_cache).cloned();
                 for spec in &group {
                     if let Some(flight) = flights.get_mut(&spec.key()) {
                         flight.read = number;
+                        // What is read ahead is on its way already.
+                        flight.begun = ahead.is_some();
                     }
                 }
                 let since = Instant::now();
@@ -310,6 +364,7 @@ impl Fetcher {
                     urgency,
                     frames: group,
                     from_cache,
+                    ahead,
                     tries: 0,
                     since,
                 });

@@ -92,8 +92,11 @@ impl Kept {
     async fn bring(&self, frames: &[FrameSpec]) -> Result<u64, Error> {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
         let wanted = frames.iter().enumerate().map(|(number, spec)| (*spec, number));
+        // A snapshot that is prepared is soon restored: its set is wanted now.
+        let soon = matches!(self.what, What::WorkingSet(_));
         self.fetcher.fill(
             wanted,
+            soon,
             &(Arc::new(move |_, frame: Result<_, Error>| {
                 // A receiver that is gone has had its error.
                 sender.send(frame.map(|_| ())).unwrap_or_default();

@@ -32,6 +32,7 @@ mod reads;
 pub mod repack;
 pub mod repair;
 mod rewrite;
+mod scheduling;
 mod sequential;
 #[cfg(test)]
 mod simulation;
@@ -44,11 +45,12 @@ mod workers;
 pub mod working_set;
 
 pub use error::{Error, ErrorKind};
-pub use fetch::{CacheStatus, FetchCounters};
+pub use fetch::{CacheStatus, FetchCounters, PrefetchStatus};
 pub use id::{Hash, Name, Profile, SnapshotId};
 pub use keep::{Filled, Kept};
 pub use node::{Node, NodeConfig};
 pub use reads::ReadLog;
+pub use scheduling::take_short_turns;
 pub use sequential::SequentialReader;
 pub use snapshot::{Extent, File, FileKind, Frame, FrameIndex, Snapshot, Source, Urgency};
 pub use store::Store;

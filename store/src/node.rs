@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Runtime;
 
 use crate::fetch::disk::{DiskCache, Limits, lock_for_one};
-use crate::fetch::{CacheStatus, FetchCounters, Fetcher};
+use crate::fetch::{Ahead, CacheStatus, FetchCounters, Fetcher, PrefetchStatus};
 use crate::format::keys;
 use crate::format::manifest::Manifest;
 use crate::format::record::Commit;
@@ -53,6 +53,9 @@ pub struct NodeConfig {
     pub disk_free_floor_bytes: u64,
     /// Most bytes of decoded frames kept in memory.
     pub memory_cache_bytes: u64,
+    /// Most bytes in flight of all that is prefetched: stored bytes asked for, and decoded ones until whoever
+    /// asked has had them. Less than two of the longest frames are not enough, and count as these (8 MiB).
+    pub prefetch_bytes: u64,
 }
 
 impl NodeConfig {
@@ -65,6 +68,7 @@ impl NodeConfig {
             disk_cache_bytes: 0,
             disk_free_floor_bytes: 0,
             memory_cache_bytes: 64 << 20,
+            prefetch_bytes: 256 << 20,
         }
     }
 }
@@ -148,6 +152,7 @@ impl Node {
             workers,
             disk,
             config.memory_cache_bytes,
+            config.prefetch_bytes,
         );
         let node = Self(Arc::new(Inner {
             runtime: Some(runtime),
@@ -208,6 +213,11 @@ impl Node {
     /// Bytes of decoded frames in memory.
     pub fn memory_cache_bytes(&self) -> u64 {
         self.0.fetcher.memory_bytes()
+    }
+
+    /// What is prefetched, against its bound.
+    pub fn prefetch_status(&self) -> PrefetchStatus {
+        self.0.fetcher.prefetch_status()
     }
 
     /// What the disk cache holds; `None` where there is none.
@@ -272,25 +282,33 @@ impl Node {
 
     /// Opens what `name` stands for now.
     pub async fn open_name(&self, name: &Name) -> Result<Arc<Snapshot>, Error> {
+        self.open_named(name, |id| self.open_id(id)).await
+    }
+
+    /// Opens what `name` stands for with `open`, which is begun by the hint while the record is read.
+    async fn open_named<Opened, Opening>(
+        &self,
+        name: &Name,
+        open: impl Fn(SnapshotId) -> Opening,
+    ) -> Result<Opened, Error>
+    where
+        Opening: Future<Output = Result<Opened, Error>>,
+    {
         let looked_up = self.0.store.look_up(name).await?;
         let hint = looked_up.hint;
         let hinted = async {
             match hint {
-                // Whatever is wrong with it is said below, if it is what the name stands for.
-                Some(id) => self.open_id(id).await.ok(),
+                Some(id) => Some((id, open(id).await)),
                 None => None,
             }
         };
         let (id, hinted) = futures::join!(self.0.store.read_name(name, looked_up), hinted);
         let id = id?;
         let opened = match hinted {
-            Some(snapshot) if snapshot.id() == id => Ok(snapshot),
-            _ => self.open_id(id).await,
+            Some((hinted, opened)) if hinted == id => opened,
+            _ => open(id).await,
         };
-        opened.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::not_found(name, error),
-            _ => error,
-        })
+        opened.map_err(|error| of_name(name, error))
     }
 
     /// All names in the store and what they stand for.
@@ -318,7 +336,17 @@ impl Node {
         snapshot: &Arc<Snapshot>,
         listed: ListedWorkingSet,
     ) -> Result<Arc<WorkingSet>, Error> {
-        let header = self.0.store.working_set_header(snapshot, listed).await?;
+        self.open_set(snapshot, listed, None).await
+    }
+
+    /// The same, from what is read ahead of it, if anything is.
+    async fn open_set(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        listed: ListedWorkingSet,
+        ahead: Option<&Ahead>,
+    ) -> Result<Arc<WorkingSet>, Error> {
+        let header = self.0.store.working_set_header(snapshot, listed, ahead).await?;
         let (sequence, bytes) = (listed.sequence, listed.stored_bytes);
         Ok(Arc::new(WorkingSet::new(snapshot.clone(), sequence, bytes, header)))
     }
@@ -401,6 +429,14 @@ impl Drop for Inner {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+/// An error about the snapshot that a name stands for.
+fn of_name(name: &Name, error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound => Error::not_found(name, error),
+        _ => error,
     }
 }
 

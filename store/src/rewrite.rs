@@ -96,7 +96,7 @@ async fn rebound(
 ) -> Result<Vec<bytes::Bytes>, Error> {
     let key = keys::working_set(old.id(), listed.sequence);
     let damaged = |why: Malformed| Error::damaged(&key, why);
-    let mut header = source.working_set_header(old, listed).await?;
+    let mut header = source.working_set_header(old, listed, None).await?;
     let object = source.objects().get(&key, working_set::MAX_OBJECT_BYTES).await?;
     let mut chunks = Vec::with_capacity(header.frames.len() + 1);
     let mut offset = 0;

@@ -207,9 +207,10 @@ impl Snapshot {
     }
 
     /// Brings `frames` (any order, duplicates allowed) and calls `done` once for each distinct
-    /// one: at once on this thread where the frame is in memory, else later on a decode thread.
+    /// one: later on a decode thread, or with `Demand` at once on this thread where the frame is in memory.
     /// Never waits for the network or a disk. Neighbours in a pack are merged into one request.
-    /// `Demand` for a frame that is being prefetched promotes it.
+    /// `Demand` for a frame that is being prefetched promotes it. `Prefetch` waits for its share of the node's
+    /// budget ([`crate::NodeConfig::prefetch_bytes`]) and asks for frames in their order as it has room.
     ///
     /// `done` gets an error of kind [`Damaged`](crate::ErrorKind::Damaged) where stored bytes do
     /// not match their hash even after a second read, of kind

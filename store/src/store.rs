@@ -2,8 +2,10 @@
 
 mod names;
 
+use bytes::Bytes;
 use serde::Serialize;
 
+use crate::fetch::Ahead;
 use crate::format::keys;
 use crate::format::manifest::{self, MAX_MANIFEST_BYTES, Manifest, Run};
 use crate::format::record::{
@@ -203,15 +205,17 @@ impl Store {
         Ok(listed.collect())
     }
 
-    /// The header of a working set, which must be one of `snapshot`.
+    /// The header of a working set, which must be one of `snapshot`; from bytes that are read ahead, where there
+    /// are any.
     pub(crate) async fn working_set_header(
         &self,
         snapshot: &Snapshot,
         listed: ListedWorkingSet,
+        ahead: Option<&Ahead>,
     ) -> Result<Header, Error> {
         let (id, manifest_hash) = (snapshot.id(), snapshot.manifest_hash());
         let runs = |file: usize| snapshot.runs(file);
-        self.bound_working_set(id, manifest_hash, runs, listed).await
+        self.bound_working_set(id, manifest_hash, runs, listed, ahead).await
     }
 
     /// The same, of a snapshot that is not open: its manifest's hash, and the runs of its files.
@@ -221,14 +225,15 @@ impl Store {
         manifest_hash: Hash,
         runs: impl Fn(usize) -> &'a [Run],
         listed: ListedWorkingSet,
+        ahead: Option<&Ahead>,
     ) -> Result<Header, Error> {
         let key = keys::working_set(snapshot, listed.sequence);
         let damaged = |why: Malformed| Error::damaged(&key, why);
         if listed.stored_bytes < PRELUDE_BYTES as u64 {
             return Err(Error::damaged(&key, "is truncated"));
         }
-        let first = listed.stored_bytes.min(FIRST_READ_BYTES);
-        let mut bytes = self.objects.get_range(&key, 0..first).await?;
+        let first = ahead.map_or(FIRST_READ_BYTES, Ahead::first_bytes).min(listed.stored_bytes);
+        let mut bytes = self.start_of(&key, first, ahead).await?;
         if bytes.len() < PRELUDE_BYTES {
             return Err(Error::damaged(&key, "is truncated"));
         }
@@ -237,7 +242,7 @@ impl Store {
             return Err(Error::damaged(&key, "is truncated"));
         }
         if end > bytes.len() as u64 {
-            bytes = self.objects.get_range(&key, 0..end).await?;
+            bytes = self.start_of(&key, end, ahead).await?;
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX).min(bytes.len());
         let header = working_set::decode(&bytes[..end], listed.stored_bytes).map_err(damaged)?;
@@ -245,12 +250,22 @@ impl Store {
         Ok(header)
     }
 
+    /// The first bytes of an object.
+    async fn start_of(&self, key: &str, end: u64, ahead: Option<&Ahead>) -> Result<Bytes, Error> {
+        if let Some(ahead) = ahead
+            && let Some(bytes) = ahead.bytes(0..end).await
+        {
+            return Ok(bytes);
+        }
+        self.objects.get_range(key, 0..end).await
+    }
+
     /// Creates the next object of a create-only sequence; `object` gives key and chunks for a
     /// sequence number.
     pub(crate) async fn create_next(
         &self,
         prefix: &str,
-        object: impl Fn(u64) -> (String, Vec<bytes::Bytes>),
+        object: impl Fn(u64) -> (String, Vec<Bytes>),
     ) -> Result<u64, Error> {
         for _ in 0..SEQUENCE_TRIES {
             let sequence = keys::next_sequence(prefix, self.newest_sequence(prefix).await?)?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use crate::Urgency;
 use crate::spare::Spares;
+use crate::{Urgency, scheduling};
 
 /// Added to the nice value of the threads that take any job, so that a long prefetch leaves the processors to those who
 /// wait: other VMs, their fault thread, and the thread for demand.
@@ -129,7 +129,7 @@ impl Drop for Workers {
 fn work(shared: &Shared, demand_only: bool) {
     if shared.spares.are_kept()
         && !demand_only
-        && let Err(error) = rustix::process::nice(PRIORITY)
+        && let Err(error) = scheduling::give_way(PRIORITY)
     {
         tracing::warn!("a decode thread keeps its priority: {error}");
     }

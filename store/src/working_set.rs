@@ -211,9 +211,9 @@ impl WorkingSet {
         (0..self.frame_count()).map(|number| self.spec(number))
     }
 
-    /// Streams all frames, first touch first, in bounded memory: `done` is called once for each
-    /// frame number on a decode thread (or at once, where it is in memory). An error for a frame
-    /// costs speed only: its pages are served on demand.
+    /// Streams all frames, first touch first, within the node's budget ([`crate::NodeConfig::prefetch_bytes`]):
+    /// `done` is called once for each frame number on a decode thread. An error for a frame costs speed
+    /// only: its pages are served on demand.
     pub fn fetch(
         self: &Arc<Self>,
         urgency: Urgency,

@@ -8,6 +8,7 @@ pub mod answers;
 pub mod guests;
 mod memory;
 pub mod plot;
+pub mod remote;
 pub mod report;
 pub mod touch;
 mod trace;

@@ -44,6 +44,7 @@ fn dispatch(arguments: &Arguments) -> Result<()> {
             let cache = ask(&daemon.run_dir, Method::GET, "/cache", None)?;
             let text = status_lines(&snapshots, &restores)
                 + &store_line(&store)
+                + &prefetch_line(&cache["prefetch"])
                 + &cache_line(&cache["disk"]);
             let all = json!({
                 "snapshots": snapshots,
@@ -163,6 +164,17 @@ fn store_line(store: &Value) -> String {
         fetch["hedged_reads"],
         connection["throttled_answers"],
         text(&connection["credentials"]),
+    )
+}
+
+fn prefetch_line(prefetch: &Value) -> String {
+    let bytes = |name: &str| size(prefetch[name].as_u64().unwrap_or_default());
+    format!(
+        "prefetch: {} in flight of {}, {} at most so far; {} wait for room\n",
+        bytes("in_flight_bytes"),
+        bytes("limit_bytes"),
+        bytes("highest_bytes"),
+        prefetch["waiting"],
     )
 }
 

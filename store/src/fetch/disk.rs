@@ -24,7 +24,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{FrameKey, FrameSpec};
+use super::{FrameKey, FrameSpec, ObjectId};
 use crate::Error;
 use index::{Index, Key, Place};
 use queue::Queue;
@@ -207,6 +207,16 @@ impl DiskCache {
         if !self.shared.queue.push(key, stored) {
             self.shared.dropped_frames.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Whether a frame was inserted and is not written yet.
+    pub(crate) fn is_coming(&self, key: &FrameKey) -> bool {
+        self.shared.queue.holds(key)
+    }
+
+    /// Whether any frame of an object is here, or pinned.
+    pub(crate) fn has_some_of(&self, object: &ObjectId) -> bool {
+        self.shared.held.lock().index.has_some_of(object)
     }
 
     /// Forgets a frame.

@@ -1,9 +1,10 @@
 //! Which bytes to ask for: neighbouring frames of one object become one request.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::{FrameSpec, ObjectId};
+use super::{Ahead, FrameSpec, ObjectId};
 use crate::Urgency;
 
 /// Between two frames, this many unwanted bytes are read rather than starting another request.
@@ -30,16 +31,27 @@ pub(crate) enum Shape {
     Alone,
     /// Soon there, at whatever number of requests: spread over connections.
     Spread,
+    /// The same, where so many stored bytes of one caller are on their way in all.
+    Part(u64),
     /// Soon there, and few requests.
     Near,
     /// As few as possible.
     Long,
-    /// The same, to be there later.
-    ToDisk,
+    /// As [`Self::Spread`], for the disk cache.
+    SpreadToDisk,
+    /// As [`Self::Long`], for the disk cache.
+    LongToDisk,
+}
+
+impl Shape {
+    /// Frames are wanted on the disk, also those that are in memory.
+    pub(super) fn is_to_disk(self) -> bool {
+        matches!(self, Self::SpreadToDisk | Self::LongToDisk)
+    }
 }
 
 /// A read of some neighbouring frames of one object.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct RangeRead {
     /// Never reused; flights name the read that owns them by it.
     pub(super) number: u64,
@@ -48,6 +60,8 @@ pub(super) struct RangeRead {
     pub(super) frames: Vec<FrameSpec>,
     /// From the disk cache, else from the store.
     pub(super) from_cache: bool,
+    /// What was asked of the store before it was known which frames there are, if that has these.
+    pub(super) ahead: Option<Arc<Ahead>>,
     /// How often the store was read for these frames before.
     pub(super) tries: u32,
     /// When the first try began.
@@ -68,7 +82,7 @@ impl RangeRead {
     /// The same read of `frames`, from the store, once more.
     pub(super) fn again(&self, frames: Vec<FrameSpec>) -> Self {
         let tries = if self.from_cache { self.tries } else { self.tries + 1 };
-        Self { frames, from_cache: false, tries, ..self.clone() }
+        Self { frames, from_cache: false, ahead: None, tries, ..self.clone() }
     }
 
     /// Where the bytes come from, for logs.
@@ -77,17 +91,23 @@ impl RangeRead {
     }
 }
 
+/// Length of the requests over which so many bytes are spread.
+fn spread(bytes: u64) -> u64 {
+    (bytes / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES)
+}
+
 /// Groups frames into requests.
 pub(super) fn merge(mut frames: Vec<FrameSpec>, shape: Shape) -> Vec<Vec<FrameSpec>> {
     frames.sort_by_key(FrameSpec::key);
     let total: u64 = frames.iter().map(|frame| u64::from(frame.entry.stored_bytes)).sum();
     let (gap, longest) = match shape {
         Shape::Alone => (0, 0),
-        Shape::Spread => (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_BYTES, LONGEST_BYTES)),
         Shape::Near => {
             (LARGEST_GAP_BYTES, (total / SPREAD).clamp(SHORTEST_NEAR_BYTES, LONGEST_BYTES))
         }
-        Shape::Long | Shape::ToDisk => (LARGEST_STREAMED_GAP_BYTES, LONGEST_STREAMED_BYTES),
+        Shape::Spread | Shape::SpreadToDisk => (LARGEST_GAP_BYTES, spread(total)),
+        Shape::Part(bytes) => (LARGEST_GAP_BYTES, spread(bytes)),
+        Shape::Long | Shape::LongToDisk => (LARGEST_STREAMED_GAP_BYTES, LONGEST_STREAMED_BYTES),
     };
     let mut groups: Vec<Vec<FrameSpec>> = Vec::new();
     for frame in frames {

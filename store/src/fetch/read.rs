@@ -111,6 +111,15 @@ impl Fetcher {
     }
 
     async fn read_remote(&self, mut read: RangeRead) {
+        if let Some(ahead) = read.ahead.take() {
+            // Its request is out: nobody needs to take the frames over.
+            if !self.claim(&mut read) {
+                return;
+            }
+            if let Some(bytes) = ahead.bytes(read.range()).await {
+                return self.arrived(read, Ok(bytes), false);
+            }
+        }
         // Not claimed while it waits for its place: demand may take its frames over until then.
         let place = self.place(read.urgency).await;
         if !self.claim(&mut read) {
@@ -221,7 +230,7 @@ impl Fetcher {
         self.0.counters.hedges_won.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn count_store_read(&self, bytes: u64) {
+    pub(super) fn count_store_read(&self, bytes: u64) {
         self.0.counters.store_reads.fetch_add(1, Ordering::Relaxed);
         self.0.counters.store_bytes.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -19,13 +19,18 @@ struct Fixture {
 
 impl Fixture {
     fn new(frames: u8) -> Self {
+        Self::of_pages(frames, 1)
+    }
+
+    /// With frames of so many pages.
+    fn of_pages(frames: u8, frame_pages: usize) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("runtime");
         let objects = Objects::over(Arc::new(InMemory::new()));
         let object = ObjectId::WorkingSet(SnapshotId::from_bytes([9; 16]), 1);
         let (mut specs, mut pages, mut chunks) = (Vec::new(), Vec::new(), Vec::new());
         let mut offset = 0;
         for number in 0..frames {
-            let page = vec![number + 1; crate::PAGE_SIZE];
+            let page = vec![number + 1; frame_pages * crate::PAGE_SIZE];
             let (entry, stored) = frame::encode(&page, 1).expect("encodes");
             let entry = FrameEntry { offset, ..entry };
             offset = entry.end();
@@ -55,7 +60,7 @@ impl Fixture {
         };
         let workers = Workers::new(1).expect("threads");
         let runtime = self.runtime.handle().clone();
-        Fetcher::new(self.objects.clone(), runtime, workers, Some(disk), 1 << 20)
+        Fetcher::new(self.objects.clone(), runtime, workers, Some(disk), 1 << 20, 0)
     }
 
     /// Fetches all frames, which must come with the right bytes; answers with the requests it took.
@@ -129,7 +134,7 @@ fn a_read_that_panics_ends_with_an_error() {
     let runtime = runtime.expect("runtime");
     let workers = Workers::new(1).expect("threads");
     let fetcher =
-        Fetcher::new(fixture.objects.clone(), runtime.handle().clone(), workers, None, 1 << 20);
+        Fetcher::new(fixture.objects.clone(), runtime.handle().clone(), workers, None, 1 << 20, 0);
     let (sender, receiver) = mpsc::channel();
     let done: Done = Arc::new(move |_, frame: Result<Frame, Error>| {
         sender.send(frame.map(|_| ())).expect("receiver");
@@ -137,4 +142,75 @@ fn a_read_that_panics_ends_with_an_error() {
     fetcher.fetch([(fixture.specs[0], 0)], Urgency::Demand, &done);
     let error = receiver.recv().expect("an answer").expect_err("it panicked");
     assert!(error.to_string().contains("this is a bug"), "{error}");
+}
+
+/// What came of a prefetch, as its tags, in their order; each waits for `gate`, if there is one, on the one decode
+/// thread.
+fn prefetch(
+    fetcher: &Fetcher,
+    fixture: &Fixture,
+    tags: std::ops::Range<usize>,
+    came: &mpsc::Sender<usize>,
+    gate: Option<mpsc::Receiver<()>>,
+) {
+    let (came, gate) = (came.clone(), Mutex::new(gate));
+    let pages = fixture.pages.clone();
+    let done: Done = Arc::new(move |tag, frame: Result<Frame, Error>| {
+        if let Some(gate) = &*gate.lock() {
+            gate.recv().unwrap_or_default();
+        }
+        let frame = frame.expect("comes");
+        assert!(frame.pages(0, frame.page_count()) == pages[tag], "other bytes of frame {tag}");
+        came.send(tag).unwrap_or_default();
+    });
+    let wanted: Vec<_> = tags.map(|tag| (fixture.specs[tag], tag)).collect();
+    fetcher.fetch(wanted, Urgency::Prefetch, &done);
+}
+
+#[test]
+fn a_long_prefetch_leaves_room_for_a_short_one_and_ends_within_its_budget() {
+    let fixture = Fixture::of_pages(50, 256);
+    let fetcher = fixture.fetcher();
+    let (came, order) = mpsc::channel();
+    let (go_on, gate) = mpsc::channel();
+    prefetch(&fetcher, &fixture, 0..48, &came, Some(gate));
+    assert!(fetcher.prefetch_status().waiting == 1, "all of it fits: this shows nothing");
+    prefetch(&fetcher, &fixture, 48..50, &came, None);
+    (0..48).for_each(|_| go_on.send(()).expect("gate"));
+    let order: Vec<usize> = (0..50).map(|_| order.recv().expect("all come")).collect();
+    let short = order.iter().position(|tag| *tag == 49).expect("it came");
+    assert!(short < 16, "the short one waited for the long one: {order:?}");
+    let status = loop {
+        let status = fetcher.prefetch_status();
+        if status.in_flight_bytes == 0 {
+            break status;
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(status.waiting, 0);
+    assert!(status.highest_bytes <= status.limit_bytes, "{status:?}");
+    assert!(status.highest_bytes >= status.limit_bytes / 2, "{status:?}");
+}
+
+/// Invariant 5.
+#[test]
+fn demand_waits_for_no_budget() {
+    let fixture = Fixture::of_pages(50, 256);
+    let fetcher = fixture.fetcher();
+    let (came, order) = mpsc::channel();
+    let (go_on, gate) = mpsc::channel();
+    prefetch(&fetcher, &fixture, 0..49, &came, Some(gate));
+    let (sender, demanded) = mpsc::channel();
+    for wanted in [48, 49] {
+        let sender = sender.clone();
+        let done: Done = Arc::new(move |tag, frame: Result<Frame, Error>| {
+            frame.expect("comes");
+            sender.send(tag).expect("receiver");
+        });
+        fetcher.fetch([(fixture.specs[wanted], wanted)], Urgency::Demand, &done);
+        assert_eq!(demanded.recv(), Ok(wanted), "in and after what waits for the budget");
+    }
+    assert!(order.try_recv().is_err(), "the prefetch is held up");
+    drop(go_on);
+    assert_eq!(order.iter().take(49).count(), 49);
 }

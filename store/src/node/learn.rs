@@ -3,11 +3,12 @@
 
 use std::sync::Arc;
 
+use crate::fetch::{Ahead, ObjectId};
 use crate::format::keys;
 use crate::store::ListedWorkingSet;
 use crate::working_set::build;
 use crate::working_set::learning::LearnedSet;
-use crate::{Error, ErrorKind, Node, Profile, Snapshot, WorkingSet};
+use crate::{Error, ErrorKind, Name, Node, Profile, Snapshot, SnapshotId, WorkingSet};
 
 /// How many sets are looked at, newest first, for one of a profile.
 const MAX_LOOKED_AT: usize = 256;
@@ -24,6 +25,11 @@ pub struct Learned<'a> {
     pub now: &'a LearnedSet,
 }
 
+/// A set without pages says that there is none.
+fn has_pages(set: &Arc<WorkingSet>) -> bool {
+    set.data_pages() + set.zero_pages() > 0
+}
+
 impl Node {
     /// The newest usable working set of `snapshot` for `profile`, if there is one that was not removed.
     /// A damaged or foreign one is passed over with a warning: it costs speed, never correctness.
@@ -33,8 +39,56 @@ impl Node {
         profile: &Profile,
     ) -> Result<Option<Arc<WorkingSet>>, Error> {
         let listed = self.store().working_sets(snapshot.id()).await?;
-        let newest = self.newest_of(snapshot, profile, &listed).await?;
-        Ok(newest.filter(|set| set.data_pages() + set.zero_pages() > 0))
+        let newest = self.newest_of(snapshot, profile, &listed, None).await?;
+        Ok(newest.filter(has_pages))
+    }
+
+    /// Opens what `name` stands for, with the newest usable working set for `profile`, and begins to bring that
+    /// set's frames: for a restore that is to come at once. A node that knows nothing of either needs three
+    /// rounds of requests for all of it: the set is looked for while the snapshot is opened, and read before
+    /// it is known to be usable.
+    pub async fn open_with_working_set(
+        &self,
+        name: &Name,
+        profile: &Profile,
+    ) -> Result<(Arc<Snapshot>, Option<Arc<WorkingSet>>), Error> {
+        self.open_named(name, |id| self.open_with_set_of(id, profile)).await
+    }
+
+    async fn open_with_set_of(
+        &self,
+        id: SnapshotId,
+        profile: &Profile,
+    ) -> Result<(Arc<Snapshot>, Option<Arc<WorkingSet>>), Error> {
+        // In a task of its own: decoding the manifest must not hold it up.
+        let node = self.clone();
+        let looking = self.runtime().spawn(async move { node.look_ahead(id).await });
+        let snapshot = self.open_id(id).await?;
+        let looked =
+            looking.await.map_err(|error| Error::local("looking for a working set", error));
+        let (listed, ahead) = looked??;
+        // Only now may anything of it be used: the snapshot is pinned and has no tomb.
+        let newest = self.newest_of(&snapshot, profile, &listed, ahead.as_ref()).await?;
+        let newest = newest.filter(has_pages);
+        if let (Some(set), Some(ahead)) = (&newest, &ahead)
+            && listed.first().is_some_and(|listed| listed.sequence == set.sequence())
+        {
+            snapshot.fetcher().decode_ahead(set.specs(), ahead);
+        }
+        Ok((snapshot, newest))
+    }
+
+    /// The working sets of a snapshot, newest first, and the first bytes of the newest, on their way.
+    async fn look_ahead(
+        &self,
+        id: SnapshotId,
+    ) -> Result<(Vec<ListedWorkingSet>, Option<Arc<Ahead>>), Error> {
+        let listed = self.store().working_sets(id).await?;
+        let ahead = listed.first().and_then(|newest| {
+            let object = ObjectId::WorkingSet(id, newest.sequence);
+            self.0.fetcher.read_ahead(object, newest.stored_bytes)
+        });
+        Ok((listed, ahead))
     }
 
     /// The same among `listed`, also one without pages: that is what a removed set leaves.
@@ -43,9 +97,17 @@ impl Node {
         snapshot: &Arc<Snapshot>,
         profile: &Profile,
         listed: &[ListedWorkingSet],
+        ahead: Option<&Arc<Ahead>>,
     ) -> Result<Option<Arc<WorkingSet>>, Error> {
-        for listed in listed.iter().take(MAX_LOOKED_AT) {
-            match self.open_working_set(snapshot, *listed).await {
+        for (number, listed) in listed.iter().take(MAX_LOOKED_AT).enumerate() {
+            // Only the newest is read ahead.
+            let ahead = ahead.filter(|_| number == 0);
+            let mut opened = self.open_set(snapshot, *listed, ahead.map(Arc::as_ref)).await;
+            if opened.as_ref().is_err_and(|error| error.kind() == ErrorKind::Damaged) {
+                // As records are: it may be whole in the store.
+                opened = self.open_set(snapshot, *listed, None).await;
+            }
+            match opened {
                 Ok(set) if set.profile() == profile => return Ok(Some(set)),
                 Ok(_) => {}
                 Err(error) => tracing::warn!("working set is not used: {error}"),
@@ -67,7 +129,7 @@ impl Node {
     ) -> Result<Arc<WorkingSet>, Error> {
         for _ in 0..TRIES {
             let listed = self.store().working_sets(snapshot.id()).await?;
-            let newest = self.newest_of(snapshot, profile, &listed).await?;
+            let newest = self.newest_of(snapshot, profile, &listed, None).await?;
             let others = newest.filter(|set| learned.sequence != Some(set.sequence()));
             let merged = match &others {
                 Some(set) => {
@@ -99,8 +161,8 @@ impl Node {
     ) -> Result<Option<u64>, Error> {
         for _ in 0..TRIES {
             let listed = self.store().working_sets(snapshot.id()).await?;
-            let newest = self.newest_of(snapshot, profile, &listed).await?;
-            if newest.is_none_or(|set| set.data_pages() + set.zero_pages() == 0) {
+            let newest = self.newest_of(snapshot, profile, &listed, None).await?;
+            if newest.as_ref().is_none_or(|set| !has_pages(set)) {
                 return Ok(None);
             }
             let highest = listed.first().map(|listed| listed.sequence);

@@ -22,18 +22,15 @@ impl Pin {
         Self { store: store.clone(), node, snapshot, key, reader: Reader::default() }
     }
 
-    /// Pins the snapshot, while `read` reads it, and looks for its tomb then. On an error it has let go.
+    /// Pins the snapshot and looks for its tomb then, while `read` reads it. On an error it has let go.
     pub(crate) async fn open<T>(
         &mut self,
         read: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let (pinned, read) = futures::join!(self.carry_out(Request::Pin), read);
+        let (pinned, read) = futures::join!(self.pin_and_look(), read);
         // What was read says more than a pin that failed.
         let opened = match (read, pinned) {
-            (Ok(read), Ok(answer)) => {
-                self.reader.take(answer);
-                self.look_for_tomb().await.map(|()| read)
-            }
+            (Ok(read), Ok(())) => Ok(read),
             (Err(error), _) | (_, Err(error)) => Err(error),
         };
         if opened.is_err() {
@@ -45,9 +42,12 @@ impl Pin {
         opened
     }
 
-    async fn look_for_tomb(&mut self) -> Result<(), Error> {
-        let answer = self.carry_out(Request::LookForTomb).await?;
-        self.reader.take(answer);
+    async fn pin_and_look(&mut self) -> Result<(), Error> {
+        for request in [Request::Pin, Request::LookForTomb] {
+            debug_assert_eq!(self.reader.next(), Some(request));
+            let answer = self.carry_out(request).await?;
+            self.reader.take(answer);
+        }
         match self.reader.was_removed() {
             true => Err(Error::not_found(self.snapshot, "the snapshot was removed")),
             false => Ok(()),

@@ -57,7 +57,7 @@ impl Specimen {
         let workers = Workers::new(1).expect("threads");
         // Nothing is remembered: each read comes from the store.
         let fetcher =
-            Fetcher::new(store.objects().clone(), runtime.handle().clone(), workers, None, 0);
+            Fetcher::new(store.objects().clone(), runtime.handle().clone(), workers, None, 0, 0);
         let mut good = BTreeMap::new();
         read_files(golden, golden, &mut good);
         good.extend(more_objects());

@@ -86,7 +86,7 @@ impl Findings<'_> {
         let runs = |file: usize| runs_of(manifest, file);
         for listed in self.store.working_sets(commit.snapshot).await? {
             let (id, hash) = (commit.snapshot, commit.manifest_hash);
-            match self.store.bound_working_set(id, hash, runs, listed).await {
+            match self.store.bound_working_set(id, hash, runs, listed, None).await {
                 Ok(_) => self.report.working_sets += 1,
                 // It costs speed only, and the rest is to be looked at.
                 Err(error) if is_finding(&error) => self.report.warnings.push(error.to_string()),

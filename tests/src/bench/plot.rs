@@ -1,9 +1,11 @@
-//! The same as a picture: bars on a logarithmic scale, with whiskers from smallest to largest.
+//! The same as a picture: bars on a logarithmic scale, with whiskers from smallest to largest. A red line
+//! is where a remote start should end.
 
 use std::fmt::Write;
 
+use super::remote::bound_ms;
 use super::report::Measured;
-use super::ways::ALTERNATIVES;
+use super::ways::{ALTERNATIVES, Alternative};
 
 const ROW: f64 = 18.0;
 const LEFT: f64 = 170.0;
@@ -12,7 +14,8 @@ const WIDTH: f64 = 560.0;
 /// A self-contained SVG.
 pub fn svg(functions: &[Measured]) -> String {
     let all = |measured: &Measured| ALTERNATIVES.map(|which| measured.all_ms(which));
-    let times = || functions.iter().flat_map(all);
+    // Those that were not taken have no time.
+    let times = || functions.iter().flat_map(all).filter(|(median, ..)| median.is_finite());
     let least = times().map(|(_, least, _)| least).fold(f64::INFINITY, f64::min).max(0.01);
     let most = times().map(|(_, _, most)| most).fold(0.0, f64::max).max(least * 2.0);
     let x =
@@ -34,6 +37,9 @@ pub fn svg(functions: &[Measured]) -> String {
         for which in ALTERNATIVES {
             y += ROW;
             let (median, least, most) = measured.all_ms(which);
+            if !median.is_finite() {
+                continue;
+            }
             let colour = if which.title().starts_with("our") { "#2a7a4b" } else { "#9aa5b1" };
             let (end, middle) = (x(median), y - 4.0);
             let _ = writeln!(
@@ -50,6 +56,15 @@ pub fn svg(functions: &[Measured]) -> String {
                 x(most),
                 x(most) + 6.0
             );
+            if which == Alternative::OursRemote {
+                let bound = x(bound_ms(measured.working_set_bytes));
+                let _ = writeln!(
+                    svg,
+                    "<line x1=\"{bound:.1}\" x2=\"{bound:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke=\"#c0392b\" stroke-width=\"2\"/>",
+                    y - 12.0,
+                    y + 4.0
+                );
+            }
         }
     }
     svg.push_str("</svg>\n");

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::remote::{RemoteStart, bound_ms};
 use super::touch::Touched;
 use super::ways::Alternative::*;
 use super::ways::{ALTERNATIVES, Alternative};
@@ -16,9 +17,29 @@ pub struct Measured {
     pub pages: usize,
     /// Every start that was made.
     pub starts: Vec<(Alternative, Touched)>,
+    /// Stored bytes of its working set.
+    pub working_set_bytes: u64,
+    /// The remote starts once more, with their requests.
+    pub remote: Vec<RemoteStart>,
 }
 
 impl Measured {
+    /// Takes a remote start up.
+    pub fn push_remote(&mut self, start: RemoteStart) {
+        self.starts.push((OursRemote, start.touched));
+        self.remote.push(start);
+    }
+
+    /// What of the bound for a remote start its median is.
+    fn of_bound(&self) -> f64 {
+        self.all_ms(OursRemote).0 / bound_ms(self.working_set_bytes)
+    }
+
+    /// Most rounds of requests, one after the other, that a remote start made.
+    fn rounds(&self) -> usize {
+        self.remote.iter().map(RemoteStart::rounds).max().unwrap_or(0)
+    }
+
     fn of(&self, alternative: Alternative, value: impl Fn(&Touched) -> f64) -> Vec<f64> {
         let chosen = self.starts.iter().filter(|(which, _)| *which == alternative);
         let mut values: Vec<f64> = chosen.map(|(_, touched)| value(touched)).collect();
@@ -115,18 +136,44 @@ pub fn table(functions: &[Measured]) -> String {
         let _ = write!(text, "{:>26}", format!("{} ({})", measured.name, measured.pages));
     }
     for alternative in ALTERNATIVES {
+        if functions.iter().all(|measured| measured.of(alternative, |_| 0.0).is_empty()) {
+            continue;
+        }
         let _ = write!(text, "\n{:<24}", alternative.title());
         for measured in functions {
             let (median, least, most) = measured.all_ms(alternative);
             let _ = write!(text, "{:>26}", format!("{median:.1} ({least:.1} to {most:.1})"));
         }
     }
-    text.push_str("\n\nratios, geometric mean over the functions (each of them)\n\n");
-    for ratio in &RATIOS {
+    text.push_str(&remote_table(functions));
+    text.push_str("\nratios, geometric mean over the functions (each of them)\n\n");
+    for ratio in RATIOS.iter().filter(|ratio| !ratio.mean(functions).is_nan()) {
         let each: Vec<_> =
             functions.iter().map(|measured| format!("{:.2}", ratio.of(measured))).collect();
         let mean = ratio.mean(functions);
         let _ = writeln!(text, "{:<60}{mean:>6.2}  ({})", ratio.what, each.join(", "));
+    }
+    text
+}
+
+/// Remote starts against their bound.
+fn remote_table(functions: &[Measured]) -> String {
+    let mut text = String::from(
+        "\n\nremote starts: stored KiB of the working set, most rounds of requests and requests, median ms, bound, ratio\n\n",
+    );
+    for measured in functions {
+        let requests = measured.remote.iter().map(|start| start.requests.len()).max().unwrap_or(0);
+        let (median, ..) = measured.all_ms(OursRemote);
+        let bytes = measured.working_set_bytes;
+        let _ = writeln!(
+            text,
+            "{:<24}{:>8}{:>6}{requests:>6}{median:>10.1}{:>10.1}{:>8.2}",
+            measured.name,
+            bytes >> 10,
+            measured.rounds(),
+            bound_ms(bytes),
+            measured.of_bound()
+        );
     }
     text
 }
@@ -136,7 +183,14 @@ pub fn json(functions: &[Measured]) -> Value {
     let start = |(alternative, touched): &(Alternative, Touched)| json!({"way": alternative, "touched": touched});
     let function = |measured: &Measured| {
         let starts: Vec<_> = measured.starts.iter().map(start).collect();
-        json!({"name": measured.name, "pages": measured.pages, "starts": starts})
+        let remote = json!({
+            "working_set_bytes": measured.working_set_bytes,
+            "bound_ms": bound_ms(measured.working_set_bytes),
+            "median_by_bound": measured.of_bound(),
+            "rounds": measured.rounds(),
+            "requests": measured.remote.iter().map(|start| &start.requests).collect::<Vec<_>>(),
+        });
+        json!({"name": measured.name, "pages": measured.pages, "starts": starts, "remote": remote})
     };
     let ratio =
         |ratio: &Ratio| json!({"what": ratio.what, "geometric_mean": ratio.mean(functions)});

@@ -33,6 +33,13 @@ pub enum Way {
         /// Its socket
         path: PathBuf,
     },
+    /// The same for a snapshot that `reapd` is asked to prepare first; that counts
+    Prepare {
+        /// The daemon's API socket
+        api: PathBuf,
+        /// The snapshot's name
+        name: String,
+    },
     /// A one-thread handler in this process that copies page by page from the mapped memory file
     Demand,
     /// As REAP was published: the raw working-set file in one read, one copy a run, then as `demand`
@@ -48,7 +55,8 @@ pub enum Way {
 /// What a start took.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Touched {
-    /// From before the mapping was made until the last page of the trace was touched, microseconds.
+    /// From before the mapping was made (and the snapshot prepared, where that is part of it) until the last
+    /// page of the trace was touched, microseconds.
     pub all_us: f64,
     /// Touches that waited.
     pub waits: u64,
@@ -66,6 +74,7 @@ pub fn touch(memory_file: &Path, trace: &Trace, way: &Way) -> Result<Touched> {
     let (memory, handler) = match way {
         Way::File { path } => (Arc::new(Mapping::file(&open(path)?, bytes)?), None),
         Way::Socket { path } => connect(path, bytes)?,
+        Way::Prepare { api, name } => connect(&prepare(api, name)?, bytes)?,
         Way::Demand => demand(memory_file, bytes)?,
         Way::Reap { working_set, cached } => reap(memory_file, bytes, trace, working_set, *cached)?,
     };
@@ -131,6 +140,22 @@ impl Drop for Handler {
 }
 
 type Served = (Arc<Mapping>, Option<Handler>);
+
+/// Has a snapshot prepared; answers with the socket at which its memory is served.
+fn prepare(api: &Path, name: &str) -> Result<PathBuf> {
+    let mut stream =
+        UnixStream::connect(api).with_context(|| format!("no daemon at {}", api.display()))?;
+    let body = r#"{"mode":"prefetch"}"#;
+    let head = format!("PUT /snapshots/{name} HTTP/1.1\r\nHost: reapd\r\nConnection: close\r\n");
+    let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(request.as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    ensure!(head.starts_with("HTTP/1.1 200"), "{name} is not prepared: {body}");
+    let prepared: serde_json::Value = serde_json::from_str(body)?;
+    Ok(prepared["uffd"].as_str().context("a socket")?.into())
+}
 
 fn connect(path: &Path, bytes: usize) -> Result<Served> {
     let memory = Mapping::anonymous(bytes)?;

@@ -43,6 +43,9 @@ pub enum Alternative {
     OursRecordWarm,
     /// The same, not recording, while another VM's working set of 64 MiB is prefetched from the disk.
     OursDemandBusy,
+    /// Our handler with the working set in a store that is shaped as S3 is, on a node that knows nothing but the
+    /// name: from the call that prepares it.
+    OursRemote,
 }
 
 use Alternative::*;
@@ -51,7 +54,7 @@ use Alternative::*;
 const OTHER_PAGES: usize = 16_384;
 
 /// All of them, in the order of the table.
-pub const ALTERNATIVES: [Alternative; 14] = [
+pub const ALTERNATIVES: [Alternative; 15] = [
     FileCold,
     DemandCold,
     ReapCold,
@@ -66,6 +69,7 @@ pub const ALTERNATIVES: [Alternative; 14] = [
     OursRecordWarm,
     OursDemandBusy,
     OursWarm,
+    OursRemote,
 ];
 
 impl Alternative {
@@ -86,6 +90,7 @@ impl Alternative {
             OursDemandBusy => "on demand, warm, busy",
             OursCold => "ours, cold",
             OursWarm => "ours, warm node",
+            OursRemote => "ours, remote (as S3)",
         }
     }
 }
@@ -127,11 +132,16 @@ impl Bench {
         let worker = bench.worker(&["--settle", "1"])?;
         for function in functions.iter().chain([&other]) {
             let socket = bench.socket(&worker, function, "auto")?;
-            bench.touch(function, &["socket", &socket])?;
+            touch_apart(function, &["socket", &socket])?;
             worker.wait_for_working_set(&function.name)?;
         }
         worker.stop()?;
         Ok(bench)
+    }
+
+    /// Where the store is.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// The snapshot that is prefetched while another VM is served on demand: 64 MiB in runs of four
@@ -168,21 +178,7 @@ impl Bench {
         Ok(prepared["uffd"].as_str().context("a socket")?.to_owned())
     }
 
-    /// One start in a process of its own.
-    fn touch(&self, function: &Function, way: &[&str]) -> Result<Touched> {
-        let output = Command::new(std::env::current_exe()?)
-            .arg("touch")
-            .arg(&function.memory)
-            .arg(&function.trace_file)
-            .args(way)
-            .stdin(Stdio::null())
-            .output()?;
-        let reason = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{}: {way:?}: {}: {reason}", function.name, output.status);
-        Ok(serde_json::from_slice(&output.stdout)?)
-    }
-
-    /// One round: every alternative once.
+    /// One round: every alternative once, but for the remote one, which [`super::remote`] has.
     pub fn round(&self, function: &Function) -> Result<Vec<(Alternative, Touched)>> {
         let path = |path: &Path| path.to_str().map(str::to_owned).context("a path in UTF-8");
         let (memory, reap) = (path(&function.memory)?, path(&self.reap_file(function))?);
@@ -193,7 +189,7 @@ impl Bench {
                 evict(&function.memory)?;
                 evict(&self.reap_file(function))?;
             }
-            taken.push((alternative, self.touch(function, way)?));
+            taken.push((alternative, touch_apart(function, way)?));
             Ok(())
         };
         take(FileCold, true, &file)?;
@@ -218,7 +214,7 @@ impl Bench {
                 let busy = self.socket(&worker, &other, "prefetch")?;
                 evict_tree(&self.scratch.join("store"))?;
                 std::thread::scope(|scope| {
-                    let prefetched = scope.spawn(|| self.touch(&other, &["socket", &busy]));
+                    let prefetched = scope.spawn(|| touch_apart(&other, &["socket", &busy]));
                     wait_for_prefetch(&worker)?;
                     take(OursDemandBusy, false, &["socket", &socket])?;
                     prefetched.join().expect("does not panic").map(drop)
@@ -241,6 +237,20 @@ impl Bench {
     fn evict_store(&self) -> Result<()> {
         evict_tree(&self.scratch.join("store"))
     }
+}
+
+/// One start in a process of its own.
+pub(super) fn touch_apart(function: &Function, way: &[&str]) -> Result<Touched> {
+    let output = Command::new(std::env::current_exe()?)
+        .arg("touch")
+        .arg(&function.memory)
+        .arg(&function.trace_file)
+        .args(way)
+        .stdin(Stdio::null())
+        .output()?;
+    let reason = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {way:?}: {}: {reason}", function.name, output.status);
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 /// Until the newest restore has installed something ahead.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use reap_tests::bench::answers::Answers;
+use reap_tests::bench::remote::Remote;
 use reap_tests::bench::report::{Measured, json, table};
 use reap_tests::bench::touch::{Way, touch};
 use reap_tests::bench::ways::{Bench, Function};
@@ -56,6 +57,9 @@ struct Options {
     /// Every way is taken this often, in turns
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Only starts from the remote store
+    #[arg(long)]
+    remote_only: bool,
     /// Directory for the store, made and removed; on the disk that is to be measured
     #[arg(long, default_value = "target")]
     scratch: PathBuf,
@@ -117,14 +121,16 @@ fn run(command: Command) -> Result<()> {
                 }
             }
             let mut guests: Vec<_> = made.iter().map(Answers::of).collect();
-            for round in 1..=options.rounds {
-                eprintln!("answers, round {round} of {}", options.rounds);
+            // These are starts from local stores.
+            let rounds = if options.remote_only { 0 } else { options.rounds };
+            for round in 1..=rounds {
+                eprintln!("answers, round {round} of {rounds}");
                 for (made, answers) in made.iter().zip(&mut guests) {
                     answers.round(&lab, made)?;
                 }
             }
             let functions: Vec<_> = made.into_iter().map(|made| made.function).collect();
-            measure(&functions, &options, &scratch, Some(&guests))
+            measure(&functions, &options, &scratch, (rounds > 0).then_some(&guests[..]))
         }
     }
 }
@@ -142,17 +148,23 @@ fn measure(
     guests: Option<&[Answers]>,
 ) -> Result<()> {
     let bench = Bench::set_up(&scratch.path().join("bench"), functions)?;
+    let remote = Remote::set_up(bench.url(), functions, scratch.path())?;
     let mut measured: Vec<_> = functions
         .iter()
         .map(|function| {
             let pages = function.trace.pages().len();
-            Measured { name: function.name.clone(), pages, starts: Vec::new() }
+            let (name, working_set_bytes) =
+                (function.name.clone(), remote.working_set_bytes(function));
+            Measured { name, pages, working_set_bytes, starts: Vec::new(), remote: Vec::new() }
         })
         .collect();
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
         for (function, into) in functions.iter().zip(&mut measured) {
-            into.starts.extend(bench.round(function)?);
+            if !options.remote_only {
+                into.starts.extend(bench.round(function)?);
+            }
+            into.push_remote(remote.start(function)?);
         }
     }
     print!("{}", table(&measured));

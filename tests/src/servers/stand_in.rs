@@ -57,6 +57,11 @@ impl Behaviour {
     pub fn accept_only(&self, access_key: &str) {
         access_key.clone_into(&mut lock(&self.access_key));
     }
+
+    /// Forgets all objects whose keys contain this.
+    pub fn lose(&self, part_of_key: &str) {
+        lock(&self.objects).retain(|key, _| !key.contains(part_of_key));
+    }
 }
 
 /// The server; it ends on drop.

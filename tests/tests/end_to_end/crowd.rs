@@ -2,9 +2,8 @@
 //!
 //! `make test` runs them in a shorter form; `make soak` in full, and prints what `docs/BENCHMARKS.md` says.
 
-use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +13,9 @@ use reap_vmm::{PretendVm, is_refused, send, true_memory};
 use serde_json::Value;
 
 use super::Fixture;
+
+#[path = "crowd/lost.rs"]
+mod lost;
 
 const FULL: bool = cfg!(feature = "soak");
 const PAGES: u64 = 2048;
@@ -28,9 +30,13 @@ struct Served {
 
 impl Served {
     fn start(mode: &str, arguments: &[&str]) -> Result<Self> {
+        Self::of_pages(PAGES, mode, arguments)
+    }
+
+    fn of_pages(pages: u64, mode: &str, arguments: &[&str]) -> Result<Self> {
         let fixture = Fixture::new()?;
         let memory = fixture.path("memory");
-        std::fs::write(&memory, true_memory(PAGES))?;
+        std::fs::write(&memory, true_memory(pages))?;
         let file = memory.display().to_string();
         reap_pack_json(&fixture.url, &["pack", "--name", "f", "--memory", &file])?;
         let worker = fixture.worker(arguments)?;
@@ -113,6 +119,56 @@ fn hundreds_of_vms_at_once_get_every_byte() -> Result<()> {
     drop(vmms);
     served.wait_for_descriptors(before)?;
     ensure!(served.status_kib("VmHWM")? >> 10 < 128, "64 MiB and the cache of 64 MiB");
+    served.worker.stop()
+}
+
+/// Sets that are many times the budget, of many VMs at once.
+#[test]
+fn prefetches_stay_within_their_budget_and_bring_every_byte() -> Result<()> {
+    let (count, pages) = if FULL { (20, 131_072) } else { (8, 8192) };
+    let arguments = ["--prefetch-budget", "16MiB", "--memory-cache", "8MiB", "--settle", "1"];
+    let served = Served::of_pages(pages, "record", &arguments)?;
+    let mut recorded = served.vmm()?;
+    recorded.tell(&format!("check 0 {pages} 1 0"))?;
+    recorded.touches_us()?.context("it ended")?;
+    served.worker.wait_for_working_set("f")?;
+    drop(recorded);
+    served.worker.prepare("f", "prefetch")?;
+    let prefetch =
+        || Ok::<_, anyhow::Error>(served.worker.ask("status", &[])?["cache"]["prefetch"].clone());
+    let bytes = |status: &Value, name: &str| status[name].as_u64().context(name.to_owned());
+    let vmms = (0..count).map(|_| served.vmm()).collect::<Result<Vec<_>>>()?;
+    let began = Instant::now();
+    loop {
+        let status = prefetch()?;
+        if (bytes(&status, "in_flight_bytes")?, bytes(&status, "waiting")?) == (0, 0) {
+            break;
+        }
+        ensure!(began.elapsed() < Duration::from_secs(300), "{status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for mut vmm in vmms {
+        vmm.tell(&format!("check 0 {pages} 1 0"))?;
+        vmm.touches_us()?.context("a VMM ended")?;
+    }
+    let restores = served.restores()?;
+    let prefetched = restores.iter().filter(|restore| restore["mode"] == "prefetch");
+    ensure!(prefetched.clone().count() == count, "{restores:?}");
+    for restore in prefetched {
+        ensure!(restore["prefetched_pages"] == restore["planned_pages"], "{restore}");
+    }
+    let status = prefetch()?;
+    let (highest, limit) = (bytes(&status, "highest_bytes")?, bytes(&status, "limit_bytes")?);
+    println!(
+        "{count} VMs, sets of {} MiB, {:.1} s; prefetch {} KiB in flight at most, of {} KiB; reapd {} MiB at most",
+        pages >> 8,
+        began.elapsed().as_secs_f64(),
+        highest >> 10,
+        limit >> 10,
+        served.status_kib("VmHWM")? >> 10
+    );
+    ensure!(limit == 16 << 20 && highest <= limit, "{status}");
+    ensure!(highest >= limit / 2, "this shows nothing: {status}");
     served.worker.stop()
 }
 
@@ -208,80 +264,4 @@ fn broken_handshakes_cost_nothing_that_stays() -> Result<()> {
     ensure!(served.restores()?.len() == 1, "a broken handshake became a restore");
     drop(good);
     served.worker.stop()
-}
-
-/// What becomes of the store under VMs that run.
-#[derive(Clone, Copy, Debug)]
-enum Loss {
-    StoreGone,
-    PacksTruncated,
-    PacksDamaged,
-    PacksUnreadable,
-}
-
-impl Loss {
-    fn strike(self, store: &Path) -> Result<()> {
-        if matches!(self, Self::StoreGone) {
-            return Ok(std::fs::rename(store, store.with_extension("gone"))?);
-        }
-        for entry in std::fs::read_dir(store.join("pack"))? {
-            let path = entry?.path();
-            let mut bytes = Vec::new();
-            std::fs::File::open(&path)?.read_to_end(&mut bytes)?;
-            match self {
-                Self::StoreGone => {}
-                Self::PacksTruncated => bytes.truncate(40),
-                // One bit in each 512 bytes.
-                Self::PacksDamaged => bytes[32..].iter_mut().step_by(512).for_each(|b| *b ^= 4),
-                Self::PacksUnreadable => {
-                    std::fs::remove_file(&path)?;
-                    std::fs::create_dir(&path)?;
-                    continue;
-                }
-            }
-            std::fs::write(&path, bytes)?;
-        }
-        Ok(())
-    }
-}
-
-#[test]
-fn a_vm_whose_pages_are_lost_is_ended_with_the_reason() -> Result<()> {
-    let each = if FULL { 20 } else { 5 };
-    for loss in [Loss::StoreGone, Loss::PacksTruncated, Loss::PacksDamaged, Loss::PacksUnreadable] {
-        let served = Served::start("demand", &["--fault-deadline", "2"])?;
-        let mut vmms = (0..each).map(|_| served.vmm()).collect::<Result<Vec<_>>>()?;
-        loss.strike(&served.fixture.path("store"))?;
-        let longest = all_end(&mut vmms)?;
-        println!("{loss:?}: {each} VMs ended within {longest:?}");
-        each_has_a_reason(&served.worker, each)?;
-        served.worker.stop()?;
-    }
-    Ok(())
-}
-
-/// Each VM wants pages of its own, and dies of it; the longest that one lived on.
-fn all_end(vmms: &mut [PretendVmm]) -> Result<Duration> {
-    let began = Instant::now();
-    let share = PAGES / vmms.len() as u64;
-    for (number, vmm) in vmms.iter_mut().enumerate() {
-        // Not from a zero page on: those need no store.
-        let from = (number as u64 * share).next_multiple_of(5) + 1;
-        vmm.tell(&format!("check {from} {} 1 0", from + 4))?;
-    }
-    for vmm in vmms.iter_mut() {
-        ensure!(vmm.touches_us()?.is_none(), "a page was read that cannot be had");
-        ensure!(vmm.ends_within(Duration::from_secs(30))?, "a VMM hangs");
-    }
-    Ok(began.elapsed())
-}
-
-fn each_has_a_reason(worker: &Worker, count: usize) -> Result<()> {
-    let restores = worker.ask("status", &[])?["restores"].as_array().cloned().unwrap_or_default();
-    let reasons = restores.iter().filter_map(|restore| restore["end"]["killed"].as_str());
-    let stated = reasons.filter(|reason| reason.len() > 20).count();
-    ensure!(stated == count, "{stated} reasons: {restores:?}");
-    let said = worker.log().matches("is killed: ").count();
-    ensure!(said == count, "{said} reasons in the log");
-    Ok(())
 }

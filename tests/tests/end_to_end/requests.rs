@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use reap_store::{FrameIndex, Node, NodeConfig, Urgency};
+use reap_tests::pretend::PretendVmm;
 use reap_tests::proxy::{Delay, Draws, Entry, Operation, Plan, Proxy, Shape, rounds, server_in};
 use reap_tests::servers::Moto;
 use reap_tests::worker::{Worker, reap_pack_command};
@@ -69,7 +70,21 @@ impl Behind {
 
     /// A node that has never seen anything.
     fn new_node(&self, name: &str) -> Result<Worker> {
-        Worker::start_with(&self.url(), &self.path(name), &[], &self.environment())
+        self.node_with(name, &[])
+    }
+
+    fn node_with(&self, name: &str, arguments: &[&str]) -> Result<Worker> {
+        Worker::start_with(&self.url(), &self.path(name), arguments, &self.environment())
+    }
+
+    /// Prepares `f` there and starts a VM that touches each of so many pages.
+    fn restore(&self, node: &Worker, mode: &str, pages: usize) -> Result<()> {
+        let prepared = node.prepare("f", mode)?;
+        let socket = prepared["uffd"].as_str().context("a socket")?;
+        let mut vmm = PretendVmm::start(socket, &self.path("memory"))?;
+        vmm.tell(&format!("check 0 {pages} 1 0"))?;
+        vmm.touches_us()?.context("the VM ended")?;
+        Ok(())
     }
 
     /// From now on every answer takes so long, so that what need not wait for it overlaps.
@@ -129,6 +144,59 @@ fn a_cold_open_takes_two_rounds_by_id_and_three_by_name() -> Result<()> {
         node.stop()?;
     }
     Ok(())
+}
+
+/// From the prepare to the last page: name; pin, records and list of working sets; tomb and the working set.
+#[test]
+fn a_restore_by_a_node_that_has_seen_nothing_takes_three_rounds() -> Result<()> {
+    const PAGES: usize = 1024;
+    let behind = Behind::start()?;
+    behind.pack(&pages(PAGES, 1), &[])?;
+    let recorder = behind.node_with("recorder", &["--settle", "1"])?;
+    behind.restore(&recorder, "auto", PAGES)?;
+    recorder.wait_for_working_set("f")?;
+    recorder.stop()?;
+    let listed = behind.pack_command(&["ws", "ls", "f"])?;
+    let stored = listed[0]["stored_bytes"].as_u64().context("bytes")?;
+    ensure!(stored > 2 << 20, "a set of {stored} bytes is not spread");
+
+    let is_set = |entry: &&Entry| entry.operation == Operation::Get && entry.key.contains("/ws/");
+    let node = behind.new_node("node")?;
+    behind.slow_down(150);
+    behind.restore(&node, "prefetch", PAGES)?;
+    let requests = behind.proxy.requests();
+    let first = requests.iter().position(|entry| is_set(&entry)).context("no set was read")?;
+    let (before, all) = (rounds(&requests[..first]), rounds(&requests));
+    let set: Vec<_> = requests.iter().filter(is_set).collect();
+    let read: u64 = set.iter().map(|entry| entry.sent_bytes).sum();
+    println!(
+        "{before} rounds before the working set, {all} in all; {} requests, {} of them for its {stored} bytes",
+        requests.len(),
+        set.len()
+    );
+    ensure!(before == 2 && all == 3, "{before} rounds, {all} in all: {requests:#?}");
+    ensure!(read == stored && set.len() <= 16, "{read} of {stored} bytes were read: {set:#?}");
+    ensure!(!requests.iter().any(is_pack_read), "a pack was read: {requests:#?}");
+    behind.proxy.follow(Plan::default());
+    node.stop()?;
+
+    // What is on its disk it does not read ahead.
+    let node = behind.new_node("node")?;
+    behind.proxy.forget();
+    behind.restore(&node, "prefetch", PAGES)?;
+    let requests = behind.proxy.requests();
+    let set: Vec<_> = requests.iter().filter(is_set).collect();
+    ensure!(set.len() == 1 && set[0].sent_bytes < stored, "not only the header: {set:#?}");
+    node.stop()?;
+
+    // Reading early must not serve what is removed.
+    behind.pack_command(&["rm", "f"])?;
+    let node = behind.new_node("late")?;
+    behind.proxy.forget();
+    ensure!(node.prepare("f", "prefetch").is_err(), "a removed snapshot is prepared");
+    let looked = behind.proxy.requests().iter().any(|entry| entry.key.contains("/tomb/"));
+    ensure!(looked, "nobody looked for the tomb");
+    node.stop()
 }
 
 #[test]

@@ -113,6 +113,7 @@ async fn store(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
 async fn cache(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
     Json(json!({
         "memory_bytes": daemon.node.memory_cache_bytes(),
+        "prefetch": daemon.node.prefetch_status(),
         "disk": daemon.node.cache_status(),
     }))
 }

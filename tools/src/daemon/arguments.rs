@@ -92,6 +92,10 @@ pub struct Run {
     /// Most bytes of decoded frames kept in memory: the working sets of the snapshots in use
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
     pub memory_cache: u64,
+    /// Most bytes in flight of all prefetching: stored bytes asked for, and decoded ones until they are
+    /// installed. A restore has half of it, two a third each, and so on. At least 8 MiB
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
+    pub prefetch_budget: u64,
     /// Where to mount; an empty directory, made if it is not there
     #[arg(long, value_name = "DIR")]
     pub mount: PathBuf,

@@ -109,10 +109,16 @@ impl Daemon {
         warm: bool,
     ) -> Result<Description, Error> {
         let _one_change = self.change.lock().await;
-        let snapshot = self.node.open_name(&name).await?;
-        let set = match mode {
-            PrepareMode::Demand => None,
-            _ => self.node.working_set_of(&snapshot, &profile).await?,
+        let (snapshot, set) = match mode {
+            PrepareMode::Demand => (self.node.open_name(&name).await?, None),
+            PrepareMode::Record => {
+                let snapshot = self.node.open_name(&name).await?;
+                let set = self.node.working_set_of(&snapshot, &profile).await?;
+                (snapshot, set)
+            }
+            PrepareMode::Auto | PrepareMode::Prefetch => {
+                self.node.open_with_working_set(&name, &profile).await?
+            }
         };
         if mode == PrepareMode::Prefetch && set.is_none() {
             let text = "there is no usable working set: prepare it with mode auto or record first";

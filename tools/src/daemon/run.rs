@@ -38,6 +38,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         disk_cache_bytes: arguments.cache_size,
         disk_free_floor_bytes: arguments.cache_free_floor,
         memory_cache_bytes: arguments.memory_cache,
+        prefetch_bytes: arguments.prefetch_budget,
     })?;
     let max_vms = room_for_vms();
     let server = Server::start(ServerConfig {
@@ -57,10 +58,11 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         _ => Error::refused("mount", error),
     })?;
     tracing::info!(
-        "serving {} on {}: memory cache {}, disk cache {}, at most {max_vms} VMs by userfaultfd",
+        "serving {} on {}: memory cache {}, prefetch budget {}, disk cache {}, at most {max_vms} VMs by userfaultfd",
         arguments.store,
         mount.path().display(),
         size(arguments.memory_cache),
+        size(node.prefetch_status().limit_bytes),
         size(arguments.cache_size)
     );
     let sockets = run_dir.path.join("uffd");

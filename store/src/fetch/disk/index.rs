@@ -87,6 +87,11 @@ impl Index {
         self.segments.len()
     }
 
+    /// Whether a frame of this object is here, or pinned.
+    pub(super) fn has_some_of(&self, object: &ObjectId) -> bool {
+        self.objects.number(object).is_some()
+    }
+
     /// Makes room in memory for so many more frames.
     pub(super) fn reserve(&mut self, frames: usize) {
         self.frames.reserve(frames);

@@ -1,5 +1,6 @@
 //! Frames on their way into the disk cache, bounded in bytes. Who brings them never waits.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +19,8 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     waiting: Vec<(FrameKey, Bytes)>,
+    /// What waits and what is being written.
+    keys: HashSet<FrameKey>,
     /// Of what waits and what is being written.
     bytes: u64,
     /// How many frames were ever pushed, taken, and written or given up.
@@ -42,10 +45,16 @@ impl Queue {
         }
         state.bytes = bytes;
         state.pushed += 1;
+        state.keys.insert(key);
         state.waiting.push((key, stored));
         drop(state);
         self.pushed.notify_one();
         true
+    }
+
+    /// Whether a frame waits or is being written.
+    pub(super) fn holds(&self, key: &FrameKey) -> bool {
+        self.state.lock().keys.contains(key)
     }
 
     /// For the writer: all that waits, perhaps nothing after `patience`. `None` ends it.
@@ -66,6 +75,7 @@ impl Queue {
         let mut state = self.state.lock();
         state.written = state.taken;
         state.bytes = state.waiting.iter().map(|(_, stored)| stored.len() as u64).sum();
+        state.keys = state.waiting.iter().map(|(key, _)| *key).collect();
         drop(state);
         self.written.notify_all();
     }

@@ -1,4 +1,4 @@
-//! A file of the index, mapped for reading: the only unsafe code of the store.
+//! A file of the index, mapped for reading.
 #![expect(unsafe_code, reason = "mapping a file is a promise that it stays as it is")]
 
 use std::fs::File;
