@@ -113,9 +113,9 @@ pub(super) fn merge(mut frames: Vec<FrameSpec>, shape: Shape) -> Vec<Vec<FrameSp
     for frame in frames {
         let joins = |group: &Vec<FrameSpec>| {
             let (first, last) = (&group[0], &group[group.len() - 1]);
-            let near = frame.entry.offset <= last.entry.end() + gap;
-            let short = frame.entry.end() - first.entry.offset <= longest;
-            first.object == frame.object && near && short
+            first.object == frame.object
+                && frame.entry.offset <= last.entry.end() + gap
+                && frame.entry.end() - first.entry.offset <= longest
         };
         match groups.last_mut() {
             Some(group) if joins(group) => group.push(frame),

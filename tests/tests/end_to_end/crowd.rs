@@ -141,7 +141,12 @@ fn prefetches_stay_within_their_budget_and_bring_every_byte() -> Result<()> {
     let began = Instant::now();
     loop {
         let status = prefetch()?;
-        if (bytes(&status, "in_flight_bytes")?, bytes(&status, "waiting")?) == (0, 0) {
+        let is_idle = (bytes(&status, "in_flight_bytes")?, bytes(&status, "waiting")?) == (0, 0);
+        // Each was taken in, and its set was asked for.
+        let is_done = |restore: &&Value| {
+            restore["mode"] == "prefetch" && restore["prefetched_pages"] == restore["planned_pages"]
+        };
+        if is_idle && served.restores()?.iter().filter(is_done).count() == count {
             break;
         }
         ensure!(began.elapsed() < Duration::from_secs(300), "{status}");

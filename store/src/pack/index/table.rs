@@ -115,7 +115,7 @@ fn write_in_passes(
 ) -> std::io::Result<()> {
     let count: u64 = packs.iter().map(|(_, pages)| u64::from(pages.page_count())).sum();
     let passes = count.div_ceil(entries_at_once).max(1);
-    let width = u64::MAX / passes + 1;
+    let width = (u64::MAX / passes).saturating_add(1);
     let mut out = BufWriter::new(std::fs::File::create(path)?);
     out.write_all(MAGIC)?;
     out.write_all(snapshot.as_bytes())?;
