@@ -376,7 +376,8 @@ impl Fetcher {
     /// Decodes and verifies one frame's stored bytes, and tells its waiters. Damage is fetched once
     /// more, past the cache.
     fn finish(&self, spec: &FrameSpec, stored: &Bytes, read: &RangeRead) {
-        let mut abandoned = AbandonedFlight { fetcher: self, key: Some(spec.key()) };
+        let frames = std::slice::from_ref(spec);
+        let _abandoned = Abandoned { fetcher: self, frames, doing: "decoding" };
         let buffer = |bytes| self.0.workers.spares().take(bytes);
         match frame::decode_into(&spec.entry, stored, buffer) {
             Ok(decoded) => {
@@ -404,7 +405,6 @@ impl Fetcher {
                 }
             }
         }
-        abandoned.key = None;
     }
 
     /// Ends a flight: into memory first, then off the table, then the waiters.
@@ -420,17 +420,23 @@ impl Fetcher {
     }
 }
 
-/// Ends a flight with an error if its decoding panics: nobody may wait for ever.
-struct AbandonedFlight<'a> {
+/// Ends flights with an error if what is done for them panics: nobody may wait for ever.
+struct Abandoned<'a> {
     fetcher: &'a Fetcher,
-    key: Option<FrameKey>,
+    frames: &'a [FrameSpec],
+    /// What is done.
+    doing: &'static str,
 }
 
-impl Drop for AbandonedFlight<'_> {
+impl Drop for Abandoned<'_> {
     fn drop(&mut self) {
-        if let Some(key) = self.key.take() {
-            let error = Error::local(key.0.key(), "decoding a frame panicked; this is a bug");
-            self.fetcher.complete(&key, &Err(error));
+        // Whoever is done in peace has ended them, and a task that is dropped with its runtime has nobody to tell.
+        if !std::thread::panicking() {
+            return;
+        }
+        for spec in self.frames {
+            let text = format!("{} a frame panicked; this is a bug", self.doing);
+            self.fetcher.complete(&spec.key(), &Err(Error::local(spec.object.key(), text)));
         }
     }
 }

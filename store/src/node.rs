@@ -243,24 +243,39 @@ impl Node {
         id: SnapshotId,
         read: impl Future<Output = Result<(Commit, Manifest), Error>>,
     ) -> Result<Arc<Snapshot>, Error> {
+        Ok(self.open_and(id, read, |_| async {}).await?.0)
+    }
+
+    /// The same, and what `with` makes of the snapshot, as soon as it is read: perhaps before it is known that it was
+    /// not removed, and then nothing comes of either.
+    async fn open_and<T>(
+        &self,
+        id: SnapshotId,
+        read: impl Future<Output = Result<(Commit, Manifest), Error>>,
+        with: impl AsyncFnOnce(Arc<Snapshot>) -> T,
+    ) -> Result<(Arc<Snapshot>, T), Error> {
         if let Some(snapshot) = self.opened(id) {
-            return Ok(snapshot);
+            return Ok((snapshot.clone(), with(snapshot).await));
         }
         let slot = self.0.snapshots.lock().entry(id).or_default().clone();
         let mut turn = slot.turn.lock().await;
         if let Some(snapshot) = self.opened(id) {
-            return Ok(snapshot);
+            drop(turn);
+            return Ok((snapshot.clone(), with(snapshot).await));
         }
         // Whoever had it open is gone, and the pin was not let go yet.
         let before = turn.take();
         self.0.left_pins.lock().extend(before);
         let mut pin = Pin::new(&self.0.store, self.0.id, id);
+        let read = async {
+            let (commit, manifest) = read.await?;
+            let snapshot = Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest));
+            let made = with(snapshot.clone()).await;
+            Ok((snapshot, made))
+        };
         let opened = pin.open(read).await;
-        let opened = opened.map(|(commit, manifest)| {
-            Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest))
-        });
         match &opened {
-            Ok(snapshot) => {
+            Ok((snapshot, _)) => {
                 *turn = Some(pin);
                 *slot.snapshot.lock() = Arc::downgrade(snapshot);
             }

@@ -14,7 +14,7 @@ use crate::format::record::{
 use crate::format::working_set::{self, Header, PRELUDE_BYTES};
 use crate::format::{Malformed, require};
 use crate::id::Hash;
-use crate::objects::Objects;
+use crate::objects::{ListedObject, Objects};
 use crate::{Error, ErrorKind, Snapshot, SnapshotId, Source, WorkingSetRun, probe, snapshot};
 
 /// How often a create-only sequence is tried when others create in it too.
@@ -280,9 +280,13 @@ impl Store {
     }
 
     async fn newest_sequence(&self, prefix: &str) -> Result<Option<u64>, Error> {
-        let objects = self.objects.list(prefix).await?;
-        Ok(objects.iter().filter_map(|object| keys::sequence_of(&object.key)).max())
+        Ok(newest_of(&self.objects.list(prefix).await?))
     }
+}
+
+/// The highest sequence among these objects.
+fn newest_of(listed: &[ListedObject]) -> Option<u64> {
+    listed.iter().filter_map(|object| keys::sequence_of(&object.key)).max()
 }
 
 /// A working set may be installed in guests of this snapshot and of no other, and has no page of zeros that

@@ -325,6 +325,22 @@ fn a_file_that_changes_while_it_is_packed_fails_the_pack() {
     assert!(fixture.keys(&["lease"]).is_empty());
 }
 
+#[test]
+fn a_file_that_is_linked_while_it_is_packed_is_packed() {
+    let fixture = Fixture::new();
+    let bytes = memory_bytes(2000, 1);
+    let path = fixture.file("input", &bytes);
+    let request = fixture.request("one", &path);
+    let mut linked = None;
+    let outcome = pack(&fixture.store(), &fixture.runtime, &request, &mut |_| {
+        let link = || std::fs::hard_link(&path, path.with_extension("jail")).expect("links");
+        linked.get_or_insert_with(link);
+        ControlFlow::Continue(())
+    });
+    assert!(linked.is_some());
+    outcome.expect("packs");
+}
+
 /// Every changed byte and every truncation of every object is noticed by `verify`, and what can be
 /// read in spite of it is right.
 #[test]

@@ -243,8 +243,8 @@ impl Fleet<'_> {
             }
             (true, Task::Verify(_)) => self.events.verified += 1,
             (true, Task::Remove) => self.events.removed += 1,
-            // What it found damaged was so on the way, or the store has lost something.
-            (false, Task::Verify(id)) if code == Some(4) => {
+            // What was damaged was so on the way, twice, or the store has lost something.
+            (false, Task::Export(id, _) | Task::Verify(id)) if code == Some(4) => {
                 self.programs.quietly(&["verify", &id.to_string()]).with_context(said)?;
                 self.events.false_alarms += 1;
             }

@@ -14,6 +14,7 @@ mod forward;
 mod log;
 pub mod overhead;
 mod plan;
+mod timer;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;

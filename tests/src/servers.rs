@@ -81,48 +81,45 @@ fn make_bucket(port: u16) -> Result<()> {
     Ok(())
 }
 
-/// s3rver: an S3 server that ignores `If-None-Match` and overwrites.
-pub struct Overwriting(Process);
+/// An S3 server that does not keep create-only.
+pub struct Careless {
+    process: Process,
+    keys: (&'static str, &'static str),
+}
 
-impl Overwriting {
-    /// Starts one over an empty directory, with an empty bucket.
-    pub fn start(directory: &Path) -> Result<Self> {
+impl Careless {
+    /// s3rver: ignores `If-None-Match` and overwrites. Over an empty directory, with an empty bucket.
+    pub fn overwriting(directory: &Path) -> Result<Self> {
         let directory = directory.display().to_string();
         let with = |port: u16| {
             let place = ["-d", &directory, "-a", "127.0.0.1", "-p", &port.to_string()];
             [arguments(place), arguments(["--configure-bucket", BUCKET])].concat()
         };
         let program = installed("npm/node_modules/.bin/s3rver")?;
-        Ok(Self(Process::start(&program, &with, &answers)?))
+        let process = Process::start(&program, &with, &answers)?;
+        Ok(Self { process, keys: ("S3RVER", "S3RVER") })
     }
 
-    /// What our programs need to find it.
-    pub fn environment(&self) -> Environment {
-        s3_environment(self.0.port, "S3RVER", "S3RVER")
-    }
-}
-
-/// s3s-fs: an S3 server that looks whether a key is there and then writes it, so that several of those who
-/// create it at the same time succeed.
-pub struct Racing(Process);
-
-impl Racing {
-    /// Starts one over an empty directory, with an empty bucket.
-    pub fn start(directory: &Path) -> Result<Self> {
+    /// s3s-fs: looks whether a key is there and then writes it, so that several of those who create it at the
+    /// same time succeed. Over an empty directory, with an empty bucket.
+    pub fn racing(directory: &Path) -> Result<Self> {
         std::fs::create_dir_all(directory.join(BUCKET))?;
         let directory = directory.display().to_string();
+        let (key, secret) = ("key", "secret");
         let with = |port: u16| {
-            let keys = ["--access-key", "key", "--secret-key", "secret"];
+            let keys = ["--access-key", key, "--secret-key", secret];
             let place = ["--host", "127.0.0.1", "--port", &port.to_string(), &directory];
             [arguments(keys), arguments(place)].concat()
         };
         let program = installed("s3s/bin/s3s-fs")?;
-        Ok(Self(Process::start(&program, &with, &answers)?))
+        let process = Process::start(&program, &with, &answers)?;
+        Ok(Self { process, keys: (key, secret) })
     }
 
     /// What our programs need to find it.
     pub fn environment(&self) -> Environment {
-        s3_environment(self.0.port, "key", "secret")
+        let (key, secret) = self.keys;
+        s3_environment(self.process.port, key, secret)
     }
 }
 

@@ -29,15 +29,10 @@ fn pages_of(seen: &Seen) -> Vec<u64> {
     touches.iter().map(|touch| touch.page).collect()
 }
 
-fn set_of(fixture: &Fixture, pages: std::ops::Range<u64>) -> Arc<WorkingSet> {
-    let touches: Vec<Touch> = pages.map(|page| Touch { file: 0, page, at_us: page }).collect();
-    fixture.published(&touches)
-}
-
 #[test]
 fn installed_pages_are_never_recorded_and_misses_are() {
     let fixture = learning_fixture(1000);
-    let set = set_of(&fixture, 0..300);
+    let set = fixture.published_pages(0..300);
     let (socket, seen) = fixture.watched(move |done| Mode::Learn(set.clone(), done));
     let mut vm = whole(1000);
     vm.connect(&socket).expect("connects");
@@ -58,7 +53,7 @@ fn installed_pages_are_never_recorded_and_misses_are() {
 #[test]
 fn a_sample_installs_nothing_and_sees_everything() {
     let fixture = learning_fixture(1000);
-    let set = set_of(&fixture, 0..300);
+    let set = fixture.published_pages(0..300);
     let (socket, seen) = fixture.watched(move |done| Mode::Sample(set.clone(), done));
     let mut vm = whole(1000);
     vm.connect(&socket).expect("connects");
@@ -79,7 +74,7 @@ fn a_sample_installs_nothing_and_sees_everything() {
 #[test]
 fn a_set_of_which_nothing_is_installed_is_an_error() {
     let fixture = learning_fixture(1000);
-    let set = set_of(&fixture, 100..300);
+    let set = fixture.published_pages(100..300);
     for entry in std::fs::read_dir(fixture.directory.path().join("store/ws")).expect("sets") {
         let sets = std::fs::read_dir(entry.expect("entry").path()).expect("sets");
         sets.for_each(|set| std::fs::write(set.expect("entry").path(), "").expect("emptied"));

@@ -100,6 +100,20 @@ impl Fixture {
         newest.expect("lists").expect("is there")
     }
 
+    /// The same of pages of memory, touched in their order.
+    pub fn published_pages(&self, pages: std::ops::Range<u64>) -> Arc<WorkingSet> {
+        let touches: Vec<_> = pages.map(|page| Touch { file: 0, page, at_us: page }).collect();
+        self.published(&touches)
+    }
+
+    /// A snapshot of so many pages, all of them in its working set, and the socket at which it is prefetched.
+    pub fn prefetched(pages: u64) -> (Self, PathBuf) {
+        let fixture = Self::new(pages);
+        let set = fixture.published_pages(0..pages);
+        let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+        (fixture, socket)
+    }
+
     /// Waits until `wanted` is true of the newest restore.
     pub fn wait_for(&self, wanted: impl Fn(&RestoreReport) -> bool) -> RestoreReport {
         let began = Instant::now();
@@ -225,8 +239,7 @@ fn a_recording_is_what_was_touched_and_then_it_is_there_before_it_is_touched() {
 #[test]
 fn a_damaged_working_set_costs_speed_and_nothing_else() {
     let fixture = Fixture::new(1000);
-    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let set = fixture.published(&touches);
+    let set = fixture.published_pages(0..1000);
     let sets = fixture.directory.path().join("store/ws").join(fixture.snapshot.id().to_string());
     let path = std::fs::read_dir(sets).expect("sets").next().expect("one").expect("entry").path();
     let mut bytes = std::fs::read(&path).expect("set");
@@ -245,8 +258,7 @@ fn a_damaged_working_set_costs_speed_and_nothing_else() {
 #[test]
 fn a_planned_page_waits_for_its_working_set_and_needs_no_pack() {
     let fixture = Fixture::new(1000);
-    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    drop(fixture.published(&touches));
+    drop(fixture.published_pages(0..1000));
     fixture.ruin_the_store();
     // A node that has nothing in memory.
     let url = format!("file://{}/store", fixture.directory.path().display());

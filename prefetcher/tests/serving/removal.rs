@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use reap_prefetcher::Mode;
-use reap_store::{PAGE_SIZE, Touch};
+use reap_store::PAGE_SIZE;
 use reap_vmm::true_page;
 
 use crate::{Fixture, whole};
@@ -36,10 +36,7 @@ fn a_removed_page_is_zeros_for_ever() {
 /// A page that is removed while a prefetch runs over it must not come back with its old bytes.
 #[test]
 fn a_prefetch_does_not_bring_back_what_was_removed() {
-    let fixture = Fixture::new(4000);
-    let touches: Vec<Touch> = (0..4000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let set = fixture.published(&touches);
-    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let (_fixture, socket) = Fixture::prefetched(4000);
     for round in 0..20 {
         let mut vm = whole(4000);
         vm.connect(&socket).expect("connects");

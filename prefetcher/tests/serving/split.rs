@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use reap_prefetcher::{End, Mode};
-use reap_store::Touch;
+use reap_prefetcher::End;
 use reap_vmm::{PretendVm, true_page};
 
 use crate::{Fixture, whole};
@@ -17,10 +16,7 @@ fn split(vm: &PretendVm) {
 
 #[test]
 fn a_prefetch_reaches_every_page_of_split_memory() {
-    let fixture = Fixture::new(1500);
-    let touches: Vec<Touch> = (0..1500).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let set = fixture.published(&touches);
-    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let (fixture, socket) = Fixture::prefetched(1500);
     let mut vm = whole(1500);
     split(&vm);
     vm.connect(&socket).expect("connects");
@@ -35,10 +31,7 @@ fn a_prefetch_reaches_every_page_of_split_memory() {
 /// A page that counts as installed and is not would be zeros after the hand-over.
 #[test]
 fn split_memory_is_handed_over_whole() {
-    let fixture = Fixture::new(1500);
-    let touches: Vec<Touch> = (0..1500).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let set = fixture.published(&touches);
-    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let (fixture, socket) = Fixture::prefetched(1500);
     let mut vm = whole(1500);
     split(&vm);
     vm.connect(&socket).expect("connects");

@@ -1,7 +1,7 @@
 //! A real vCPU whose memory is served: what the guest's own instructions read is what the snapshot holds.
 
 use reap_prefetcher::Mode;
-use reap_store::{PAGE_SIZE, Touch};
+use reap_store::PAGE_SIZE;
 use reap_vmm::{PretendVm, Vcpu, has_kvm, true_page};
 
 use crate::{Fixture, whole};
@@ -48,10 +48,7 @@ fn a_vcpu_runs_over_regions_with_a_hole_while_a_prefetch_is_under_way() {
     if no_kvm() {
         return;
     }
-    let fixture = Fixture::new(1000);
-    let touches: Vec<Touch> = (0..1000).map(|page| Touch { file: 0, page, at_us: page }).collect();
-    let set = fixture.published(&touches);
-    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let (_fixture, socket) = Fixture::prefetched(1000);
     let size = PAGE_SIZE as u64;
     let mut vm = PretendVm::map(&[(600 * size, 400), (0, 500)], size).expect("maps");
     vm.connect(&socket).expect("connects");

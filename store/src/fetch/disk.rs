@@ -14,7 +14,7 @@ mod writer;
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -215,8 +215,8 @@ impl DiskCache {
     }
 
     /// Whether any frame of an object is here, or pinned.
-    pub(crate) fn has_some_of(&self, object: &ObjectId) -> bool {
-        self.shared.held.lock().index.has_some_of(object)
+    pub(crate) fn has_some_of(&self, objects: RangeInclusive<ObjectId>) -> bool {
+        self.shared.held.lock().index.has_some_of(objects)
     }
 
     /// Forgets a frame.

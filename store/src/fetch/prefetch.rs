@@ -46,6 +46,8 @@ struct Stream {
 struct Slice {
     stream: u64,
     frames: Vec<(FrameSpec, usize)>,
+    /// Stored bytes of them all.
+    stored: u64,
     shape: Shape,
     done: Done,
 }
@@ -78,7 +80,8 @@ impl Prefetches {
                 Shape::Spread => Shape::Part(stored.saturating_mul(stream.held) / bytes.max(1)),
                 shape => shape,
             };
-            slices.push(Slice { stream: stream.number, frames, shape, done: stream.done.clone() });
+            let (stream, done) = (stream.number, stream.done.clone());
+            slices.push(Slice { stream, frames, stored, shape, done });
         }
         self.streams.retain(|stream| stream.asked < stream.frames.len());
         slices
@@ -125,8 +128,7 @@ impl Fetcher {
     }
 
     fn ask(&self, slice: Slice) {
-        let Slice { stream, frames, shape, done } = slice;
-        let stored: u64 = frames.iter().map(|(spec, _)| u64::from(spec.entry.stored_bytes)).sum();
+        let Slice { stream, frames, stored, shape, done } = slice;
         let left = AtomicUsize::new(frames.len());
         let frames = Arc::new(frames);
         let (fetcher, of_slice) = (self.clone(), frames.clone());

@@ -12,12 +12,12 @@ const LARGEST_GAP_BYTES: u64 = 32 << 10;
 /// A request is at most this long.
 const LONGEST_BYTES: u64 = 4 << 20;
 /// And at least this long before it pays to spread the bytes over more connections: 1.4 ms at 90 MB/s.
-const SHORTEST_BYTES: u64 = 128 << 10;
+pub(super) const SHORTEST_BYTES: u64 = 128 << 10;
 /// The same where requests come one by one, all day, from whoever reads through the mount: 12 ms, next to 30 ms until a
 /// store answers at all. What the kernel asks for at once is shorter, and so is one request.
 const SHORTEST_NEAR_BYTES: u64 = 1 << 20;
 /// Over how many requests a batch is spread, when it is long enough.
-const SPREAD: u64 = 16;
+pub(super) const SPREAD: u64 = 16;
 
 /// The same two for streaming, where nobody waits for a certain frame and requests are what costs: a
 /// gap takes 12 ms at 90 MB/s, a request 30 ms.

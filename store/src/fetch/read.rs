@@ -11,7 +11,7 @@ use futures::future::{Either, select};
 use tokio::sync::SemaphorePermit;
 
 use super::ranges::{self, RangeRead, Shape};
-use super::{Fetcher, FrameSpec, ObjectId};
+use super::{Abandoned, Fetcher, FrameSpec, ObjectId};
 use crate::collect;
 use crate::objects::Pass;
 use crate::{Error, ErrorKind, Urgency};
@@ -125,9 +125,9 @@ impl Fetcher {
         if !self.claim(&mut read) {
             return;
         }
-        let mut abandoned = AbandonedRead { fetcher: self, frames: read.frames.clone() };
+        let abandoned = Abandoned { fetcher: self, frames: &read.frames, doing: "reading" };
         let bytes = self.request(&read, place).await;
-        abandoned.frames.clear();
+        drop(abandoned);
         self.arrived(read, bytes, false);
     }
 
@@ -296,24 +296,5 @@ impl Fetcher {
     /// A frame that was promoted while its bytes were on the way is decoded as demand.
     fn urgency_now(&self, key: &super::FrameKey, planned: Urgency) -> Urgency {
         self.0.flights.lock().get(key).map_or(planned, |flight| flight.urgency)
-    }
-}
-
-/// Ends the flights of a read that panics: nobody may wait for ever.
-struct AbandonedRead<'a> {
-    fetcher: &'a Fetcher,
-    frames: Vec<FrameSpec>,
-}
-
-impl Drop for AbandonedRead<'_> {
-    fn drop(&mut self) {
-        // A task that is dropped with its runtime has nobody to tell.
-        if !std::thread::panicking() {
-            return;
-        }
-        for spec in &self.frames {
-            let error = Error::local(spec.object.key(), "reading a frame panicked; this is a bug");
-            self.fetcher.complete(&spec.key(), &Err(error));
-        }
     }
 }

@@ -63,32 +63,44 @@ impl Node {
         // In a task of its own: decoding the manifest must not hold it up.
         let node = self.clone();
         let looking = self.runtime().spawn(async move { node.look_ahead(id).await });
-        let snapshot = self.open_id(id).await?;
-        let looked =
-            looking.await.map_err(|error| Error::local("looking for a working set", error));
-        let (listed, ahead) = looked??;
-        // Only now may anything of it be used: the snapshot is pinned and has no tomb.
-        let newest = self.newest_of(&snapshot, profile, &listed, ahead.as_ref()).await?;
-        let newest = newest.filter(has_pages);
-        if let (Some(set), Some(ahead)) = (&newest, &ahead)
-            && listed.first().is_some_and(|listed| listed.sequence == set.sequence())
-        {
-            snapshot.fetcher().decode_ahead(set.specs(), ahead);
-        }
-        Ok((snapshot, newest))
+        // With the manifest and before it is known that the snapshot may be read: what is decoded meanwhile is
+        // verified as ever, and nobody has it before that.
+        let newest = |snapshot: Arc<Snapshot>| async move {
+            let looked =
+                looking.await.map_err(|error| Error::local("looking for a working set", error));
+            let (listed, ahead) = looked??;
+            let newest = self.newest_of(&snapshot, profile, &listed, ahead.as_ref()).await?;
+            let newest = newest.filter(has_pages);
+            if let (Some(set), Some(ahead)) = (&newest, &ahead)
+                && listed.first().is_some_and(|listed| listed.sequence == set.sequence())
+            {
+                snapshot.fetcher().decode_ahead(set.specs(), ahead);
+            }
+            Ok(newest)
+        };
+        let read = self.store().read_snapshot(id);
+        let (snapshot, newest) = self.open_and(id, read, newest).await?;
+        Ok((snapshot, newest?))
     }
 
-    /// The working sets of a snapshot, newest first, and the first bytes of the newest, on their way.
+    /// The working sets of a snapshot, newest first, and the first bytes of the newest, on their way. While it is asked
+    /// which that is, it is taken for the first: it is, until a node has learned more.
     async fn look_ahead(
         &self,
         id: SnapshotId,
     ) -> Result<(Vec<ListedWorkingSet>, Option<Arc<Ahead>>), Error> {
+        let guess = self.0.fetcher.guess_ahead(id);
         let listed = self.store().working_sets(id).await?;
-        let ahead = listed.first().and_then(|newest| {
-            let object = ObjectId::WorkingSet(id, newest.sequence);
-            self.0.fetcher.read_ahead(object, newest.stored_bytes)
+        let ahead = listed.first().and_then(|newest| match guess {
+            Some(guess) if newest.sequence == keys::FIRST_SEQUENCE => {
+                Some(guess.of_length(newest.stored_bytes))
+            }
+            _ => {
+                let object = ObjectId::WorkingSet(id, newest.sequence);
+                self.0.fetcher.read_ahead(object, newest.stored_bytes)
+            }
         });
-        Ok((listed, ahead))
+        Ok((listed, ahead.map(Arc::new)))
     }
 
     /// The same among `listed`, also one without pages: that is what a removed set leaves.

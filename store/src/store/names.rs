@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 
-use super::{SEQUENCE_TRIES, Store, read_record};
+use super::{SEQUENCE_TRIES, Store, newest_of, read_record};
 use crate::format::keys::{self, NameKey};
 use crate::format::record::{self, Reference};
 use crate::{Error, ErrorKind, Name, SnapshotId};
@@ -52,8 +52,7 @@ impl Store {
         let (listed, first) =
             futures::join!(self.objects.list(&records), self.reference(name, keys::FIRST_SEQUENCE));
         let listed = listed?;
-        let newest = listed.iter().filter_map(|object| keys::sequence_of(&object.key)).max();
-        let sequence = newest.ok_or_else(|| {
+        let sequence = newest_of(&listed).ok_or_else(|| {
             let text = "there is no snapshot of this name: 'reap-pack ls' lists them";
             Error::not_found(name, text)
         })?;

@@ -82,9 +82,7 @@ impl Remote {
     }
 
     fn environment(&self) -> Environment {
-        let keys = [("AWS_ACCESS_KEY_ID", "KEY"), ("AWS_SECRET_ACCESS_KEY", "secret")];
-        let keys = keys.map(|(name, value)| (name, value.to_owned()));
-        self.proxy.environment(self.server.environment()).into_iter().chain(keys).collect()
+        self.proxy.environment(self.server.environment_with_keys())
     }
 
     fn reap_pack(&self, url: &str, arguments: &[&str]) -> Result<Value> {

@@ -11,6 +11,7 @@ use hyper::header::CONTENT_LENGTH;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, http};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -18,6 +19,7 @@ use super::Shared;
 use super::body::{AnyBody, Broken, Lane, Treated, Treatment, whole};
 use super::log::Entry;
 use super::plan::{Asked, Fate, Fault, Operation, Shape};
+use super::timer;
 
 /// A client's connection and the one to the server that belongs to it.
 struct Connection {
@@ -95,7 +97,8 @@ async fn answer(
         let mut plan = shared.plan.lock();
         (plan.decide(&asked, number), plan.shape)
     };
-    let exchange = Exchange { connection: connection.clone(), number, fate, shape };
+    let received = Arc::new(Mutex::new(Instant::now()));
+    let exchange = Exchange { connection: connection.clone(), number, fate, shape, received };
     let body = match (several, body) {
         (Some(bytes), _) => whole(bytes),
         (None, Some(body)) => exchange.watched(body),
@@ -114,6 +117,8 @@ struct Exchange {
     number: u64,
     fate: Fate,
     shape: Shape,
+    /// When its last byte was here.
+    received: Arc<Mutex<Instant>>,
 }
 
 impl Exchange {
@@ -128,7 +133,7 @@ impl Exchange {
                 while let Some(frame) = body.frame().await {
                     frame?;
                 }
-                tokio::time::sleep(self.fate.delay).await;
+                self.wait_for_answer().await;
                 return Ok(self.refusal(status));
             }
             Some(Fault::Reset) => return self.reset(),
@@ -145,15 +150,13 @@ impl Exchange {
             _ => {}
         }
         let answer = self.forward(head, body).await?;
-        let answered = Instant::now();
-        let due = answered + self.fate.delay;
         match self.fate.fault {
             Some(Fault::LoseAnswer) => {
                 self.met();
                 Err(Broken)
             }
             Some(Fault::FailAnswer(status)) => {
-                tokio::time::sleep_until(due).await;
+                self.wait_for_answer().await;
                 Ok(self.refusal(status))
             }
             Some(Fault::HangAnswer(long)) => {
@@ -162,12 +165,16 @@ impl Exchange {
                 Err(Broken)
             }
             _ => {
-                if !self.fate.delay.is_zero() {
-                    tokio::time::sleep_until(due).await;
-                }
+                self.wait_for_answer().await;
                 Ok(self.treat(answer))
             }
         }
+    }
+
+    /// Waits until the answer may begin.
+    async fn wait_for_answer(&self) {
+        let due = *self.received.lock() + self.fate.delay;
+        timer::wait_until(due).await;
     }
 
     /// Notes that the fault happened.
@@ -201,13 +208,16 @@ impl Exchange {
     /// The client's body, paced and counted.
     fn watched(&self, body: Incoming) -> AnyBody {
         let (shared, number) = (self.connection.shared.clone(), self.number);
+        let received = self.received.clone();
         let treatment = Treatment {
             lane: self.connection.up.clone(),
             bytes_per_second: self.shape.bytes_per_second,
             cut_at: None,
             flip_at: None,
             watch: Box::new(move |piece| {
-                let bytes = piece.map_or(0, |piece| piece.len() as u64);
+                let Some(piece) = piece else { return };
+                *received.lock() = Instant::now();
+                let bytes = piece.len() as u64;
                 shared.log.change(number, |entry| entry.received_bytes += bytes);
             }),
         };

@@ -32,15 +32,15 @@ pub struct Asked {
     pub key: String,
 }
 
-/// How long the first byte of an answer takes, from the last byte of the request on.
+/// How long the first byte of an answer takes, from the last byte of the request on; longer only if the server does.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Delay {
     /// As long as the server takes.
     #[default]
     None,
-    /// The server's time and this.
+    /// This.
     Fixed(Duration),
-    /// The server's time and a draw from the log-normal distribution with these two percentiles.
+    /// A draw from the log-normal distribution with these two percentiles.
     Spread {
         /// Half of the requests take no longer.
         p50: Duration,

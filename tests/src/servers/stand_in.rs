@@ -121,6 +121,13 @@ impl StandIn {
             ("NO_PROXY", "127.0.0.1".into()),
         ]
     }
+
+    /// The same with keys that never change.
+    pub fn environment_with_keys(&self) -> super::Environment {
+        let keys = [("AWS_ACCESS_KEY_ID", "KEY"), ("AWS_SECRET_ACCESS_KEY", "secret")];
+        let keys = keys.map(|(name, value)| (name, value.to_owned()));
+        self.environment().into_iter().chain(keys).collect()
+    }
 }
 
 /// Connections are tasks of this one, so that they end with it.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use reap_tests::worker::{Worker, reap_pack, reap_pack_json};
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::remote::{SERVER, STORE, with_server};
+use super::remote::{STORE, store_and_server, with_server};
 use super::{Fixture, same_bytes};
 
 #[test]
@@ -112,9 +112,7 @@ fn left_by_packers() -> Result<()> {
 /// Not a test of its own: the body of the one above.
 #[test]
 fn warm() -> Result<()> {
-    let Ok(url) = std::env::var(STORE) else { return Ok(()) };
-    let server: i32 = std::env::var(SERVER)?.parse()?;
-    let server = Pid::from_raw(server).context("a process id")?;
+    let Some((url, server)) = store_and_server()? else { return Ok(()) };
     let fixture = Fixture::new()?;
     let memory = fixture.memory_file("memory", 48)?;
     reap_pack_json(&url, &["init"])?;

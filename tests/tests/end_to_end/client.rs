@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use reap_store::{FrameIndex, Node, NodeConfig, Snapshot, Urgency};
-use reap_tests::servers::{Azurite, Environment, Overwriting, Racing, StandIn, run_body};
+use reap_tests::servers::{Azurite, Careless, Environment, StandIn, run_body};
 use reap_tests::worker::{Worker, reap_pack_command};
 
 use super::{Fixture, past_the_page_cache, read_backwards};
@@ -18,11 +18,9 @@ use super::{Fixture, past_the_page_cache, read_backwards};
 const STORE: &str = "REAP_TEST_STAND_IN_STORE";
 const GOLDEN: &str = "REAP_TEST_GOLDEN_STORE";
 
-/// Keys that never change.
+/// Keys that never change, and the store.
 fn fixed_keys(server: &StandIn) -> Environment {
-    let keys = [("AWS_ACCESS_KEY_ID", "KEY"), ("AWS_SECRET_ACCESS_KEY", "secret")];
-    let keys = keys.map(|(name, value)| (name, value.to_owned()));
-    server.environment().into_iter().chain(keys).chain([(STORE, server.url())]).collect()
+    server.environment_with_keys().into_iter().chain([(STORE, server.url())]).collect()
 }
 
 fn reap_pack_in(environment: &Environment, url: &str, arguments: &[&str]) -> Result<()> {
@@ -363,14 +361,14 @@ fn is_refused(environment: &Environment, how: &str) -> Result<()> {
 #[test]
 fn a_store_that_several_racing_creators_win_is_refused() -> Result<()> {
     let fixture = Fixture::new()?;
-    let server = Racing::start(&fixture.path("server"))?;
+    let server = Careless::racing(&fixture.path("server"))?;
     is_refused(&server.environment(), "several racing creators")
 }
 
 #[test]
 fn a_store_that_overwrites_is_refused_to_all_but_readers() -> Result<()> {
     let fixture = Fixture::new()?;
-    let server = Overwriting::start(&fixture.path("server"))?;
+    let server = Careless::overwriting(&fixture.path("server"))?;
     let environment = server.environment();
     is_refused(&environment, "created twice")?;
 

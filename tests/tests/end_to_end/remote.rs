@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal};
 use super::{Fixture, past_the_page_cache, read_backwards, same_bytes};
 
 pub(super) const STORE: &str = "REAP_TEST_S3_STORE";
-pub(super) const SERVER: &str = "REAP_TEST_S3_SERVER";
+const SERVER: &str = "REAP_TEST_S3_SERVER";
 
 /// Runs the body, the path of a test, in a process whose environment names the server, as a user's does.
 pub(super) fn with_server(body: &str) -> Result<()> {
@@ -21,6 +21,13 @@ pub(super) fn with_server(body: &str) -> Result<()> {
     environment.push((STORE, server.url("fleet/one")));
     environment.push((SERVER, server.process_id().to_string()));
     run_body(body, &environment).map(|_| ())
+}
+
+/// For such a body: its store, and the server's process. `None` where it was not asked for.
+pub(super) fn store_and_server() -> Result<Option<(String, Pid)>> {
+    let Ok(url) = std::env::var(STORE) else { return Ok(None) };
+    let server: i32 = std::env::var(SERVER)?.parse()?;
+    Ok(Some((url, Pid::from_raw(server).context("a process id")?)))
 }
 
 #[test]
@@ -101,9 +108,7 @@ fn through_s3() -> Result<()> {
 /// Not a test of its own: the body of the one above.
 #[test]
 fn s3_away() -> Result<()> {
-    let Ok(url) = std::env::var(STORE) else { return Ok(()) };
-    let server: i32 = std::env::var(SERVER)?.parse()?;
-    let server = Pid::from_raw(server).context("a process id")?;
+    let Some((url, server)) = store_and_server()? else { return Ok(()) };
     let fixture = Fixture::new()?;
     let memory = fixture.memory_file("memory", 16)?;
     reap_pack_json(&url, &["init"])?;

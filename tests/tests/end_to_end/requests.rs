@@ -146,39 +146,49 @@ fn a_cold_open_takes_two_rounds_by_id_and_three_by_name() -> Result<()> {
     Ok(())
 }
 
-/// From the prepare to the last page: name; pin, records and list of working sets; tomb and the working set.
+/// From the prepare to the last page: name; pin, records, list of working sets, and the first of them; tomb.
 #[test]
 fn a_restore_by_a_node_that_has_seen_nothing_takes_three_rounds() -> Result<()> {
     const PAGES: usize = 1024;
     let behind = Behind::start()?;
     behind.pack(&pages(PAGES, 1), &[])?;
-    let recorder = behind.node_with("recorder", &["--settle", "1"])?;
-    behind.restore(&recorder, "auto", PAGES)?;
-    recorder.wait_for_working_set("f")?;
-    recorder.stop()?;
-    let listed = behind.pack_command(&["ws", "ls", "f"])?;
-    let stored = listed[0]["stored_bytes"].as_u64().context("bytes")?;
-    ensure!(stored > 2 << 20, "a set of {stored} bytes is not spread");
-
+    let record = |node: &str| {
+        let recorder = behind.node_with(node, &["--settle", "1"])?;
+        behind.restore(&recorder, "auto", PAGES)?;
+        recorder.wait_for_working_set("f")?;
+        recorder.stop()?;
+        let listed = behind.pack_command(&["ws", "ls", "f"])?;
+        listed[0]["stored_bytes"].as_u64().context("bytes")
+    };
     let is_set = |entry: &&Entry| entry.operation == Operation::Get && entry.key.contains("/ws/");
-    let node = behind.new_node("node")?;
-    behind.slow_down(150);
-    behind.restore(&node, "prefetch", PAGES)?;
-    let requests = behind.proxy.requests();
-    let first = requests.iter().position(|entry| is_set(&entry)).context("no set was read")?;
-    let (before, all) = (rounds(&requests[..first]), rounds(&requests));
-    let set: Vec<_> = requests.iter().filter(is_set).collect();
-    let read: u64 = set.iter().map(|entry| entry.sent_bytes).sum();
-    println!(
-        "{before} rounds before the working set, {all} in all; {} requests, {} of them for its {stored} bytes",
-        requests.len(),
-        set.len()
-    );
-    ensure!(before == 2 && all == 3, "{before} rounds, {all} in all: {requests:#?}");
-    ensure!(read == stored && set.len() <= 16, "{read} of {stored} bytes were read: {set:#?}");
-    ensure!(!requests.iter().any(is_pack_read), "a pack was read: {requests:#?}");
-    behind.proxy.follow(Plan::default());
-    node.stop()?;
+    // What was asked for of set number `number` while a new node restored with it.
+    let restored = |node: &str, number: u64, round: usize, stored: u64| {
+        let node = behind.new_node(node)?;
+        behind.slow_down(150);
+        behind.restore(&node, "prefetch", PAGES)?;
+        let requests = behind.proxy.requests();
+        let key = format!("{number:012}");
+        let is_newest = |entry: &&Entry| is_set(entry) && entry.key.ends_with(&key);
+        let first = requests.iter().position(|entry| is_newest(&entry));
+        let (in_round, all) =
+            (rounds(&requests[..=first.context("no set was read")?]), rounds(&requests));
+        let set: Vec<_> = requests.iter().filter(is_newest).collect();
+        let brought = set.iter().filter(|entry| entry.status == Some(206));
+        let read: u64 = brought.map(|entry| entry.sent_bytes).sum();
+        println!(
+            "set {number}: in round {in_round} of {all}; {} requests, {} of them for its {stored} bytes",
+            requests.len(),
+            set.len()
+        );
+        ensure!(in_round == round && all == 3, "in round {in_round} of {all}: {requests:#?}");
+        ensure!(read == stored && set.len() <= 16, "{read} of {stored} bytes were read: {set:#?}");
+        ensure!(!requests.iter().any(is_pack_read), "a pack was read: {requests:#?}");
+        behind.proxy.follow(Plan::default());
+        node.stop()
+    };
+    let stored = record("recorder")?;
+    ensure!(stored > 2 << 20, "a set of {stored} bytes is not spread");
+    restored("node", 1, 2, stored)?;
 
     // What is on its disk it does not read ahead.
     let node = behind.new_node("node")?;
@@ -188,6 +198,11 @@ fn a_restore_by_a_node_that_has_seen_nothing_takes_three_rounds() -> Result<()> 
     let set: Vec<_> = requests.iter().filter(is_set).collect();
     ensure!(set.len() == 1 && set[0].sent_bytes < stored, "not only the header: {set:#?}");
     node.stop()?;
+
+    // Where the first set is not the newest, it is the second of these rounds that brings the list.
+    behind.pack_command(&["ws", "rm", "f"])?;
+    let stored = record("another recorder")?;
+    restored("another node", 3, 3, stored)?;
 
     // Reading early must not serve what is removed.
     behind.pack_command(&["rm", "f"])?;

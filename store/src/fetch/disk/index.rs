@@ -4,6 +4,7 @@
 //! objects are numbered, and places say which segment by its number.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::RangeInclusive;
 
 use crate::fetch::{FrameKey, ObjectId};
 
@@ -87,9 +88,9 @@ impl Index {
         self.segments.len()
     }
 
-    /// Whether a frame of this object is here, or pinned.
-    pub(super) fn has_some_of(&self, object: &ObjectId) -> bool {
-        self.objects.number(object).is_some()
+    /// Whether a frame of one of these objects is here, or pinned.
+    pub(super) fn has_some_of(&self, objects: RangeInclusive<ObjectId>) -> bool {
+        self.objects.numbers.range(objects).next().is_some()
     }
 
     /// Makes room in memory for so many more frames.
@@ -274,7 +275,7 @@ impl Index {
 /// Objects by small numbers, which are used again when nothing refers to them.
 #[derive(Default)]
 struct Objects {
-    numbers: HashMap<ObjectId, u32>,
+    numbers: BTreeMap<ObjectId, u32>,
     slots: Vec<(ObjectId, u32)>,
     free: Vec<u32>,
     /// Frames come object after object.

@@ -110,9 +110,7 @@ fn a_vm_whose_pages_are_lost_on_s3_is_ended_with_the_reason() -> Result<()> {
         let directory = tempfile::tempdir()?;
         let mut server = StandIn::start()?;
         let proxy = Proxy::start(server_in(server.environment())?, Plan::default())?;
-        let keys = [("AWS_ACCESS_KEY_ID", "KEY"), ("AWS_SECRET_ACCESS_KEY", "secret")];
-        let mut environment = proxy.environment(server.environment());
-        environment.extend(keys.map(|(name, value)| (name, value.to_owned())));
+        let environment = proxy.environment(server.environment_with_keys());
         let memory = directory.path().join("memory");
         std::fs::write(&memory, true_memory(PAGES))?;
         let file = memory.display().to_string();
