@@ -1,6 +1,7 @@
 //! Working sets: recorded, packed in first-touch order, bound to one snapshot.
 
 pub mod learning;
+mod neighbours;
 pub mod schedule;
 
 use std::sync::Arc;
@@ -39,7 +40,8 @@ pub struct Touch {
     pub at_us: u64,
 }
 
-/// Weight of a page that every restore touches; what is touched less often weighs less.
+/// Weight of a page that every restore touches; what is touched less often weighs less, and a page that no restore was
+/// seen to touch, taken because most around it were, weighs nothing.
 pub const WEIGHT_ONE: u16 = 256;
 
 /// A page that a working set is to hold.

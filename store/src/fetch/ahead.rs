@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::ranges::{SHORTEST_BYTES, SPREAD};
 use super::{Fetcher, ObjectId};
-use crate::format::keys;
+use crate::format::keys::{self, PackId};
 use crate::{SnapshotId, Urgency};
 
 /// Most bytes that are read ahead of one object; of a longer one the rest is asked for when it is known what is
@@ -88,15 +88,17 @@ impl Fetcher {
     }
 
     /// The same of a snapshot's first working set, before anybody knows whether there is one, or a later one;
-    /// [`Ahead::of_length`] says it. A node that has some of any of them knows better.
+    /// [`Ahead::of_length`] says it. A node that has frames of its sets or of its own packs guesses nothing.
     pub(crate) fn guess_ahead(&self, snapshot: SnapshotId) -> Option<Ahead> {
         let set = |sequence| ObjectId::WorkingSet(snapshot, sequence);
-        let pays = !self.is_here(set(keys::FIRST_SEQUENCE)..=set(keys::MAX_SEQUENCE));
+        let pack = |number| ObjectId::Pack(PackId { txn: snapshot, number });
         let first = set(keys::FIRST_SEQUENCE);
-        pays.then(|| self.read_parts(first, MOST_BYTES, GUESSED_PART_BYTES))
+        let is_known =
+            self.is_here(first..=set(keys::MAX_SEQUENCE)) || self.is_here(pack(0)..=pack(u32::MAX));
+        (!is_known).then(|| self.read_parts(first, MOST_BYTES, GUESSED_PART_BYTES))
     }
 
-    /// Whether frames of one of these objects are on this node, all of them by and large.
+    /// Whether frames of one of these objects are on this node; then most of them are.
     fn is_here(&self, objects: RangeInclusive<ObjectId>) -> bool {
         self.is_local() || self.0.disk.as_ref().is_some_and(|disk| disk.has_some_of(objects))
     }

@@ -8,7 +8,9 @@ use crate::format::keys;
 use crate::store::ListedWorkingSet;
 use crate::working_set::build;
 use crate::working_set::learning::LearnedSet;
-use crate::{Error, ErrorKind, Name, Node, Profile, Snapshot, SnapshotId, WorkingSet};
+use crate::{
+    Error, ErrorKind, Name, Node, Profile, Snapshot, SnapshotId, WorkingSet, WorkingSetContent,
+};
 
 /// How many sets are looked at, newest first, for one of a profile.
 const MAX_LOOKED_AT: usize = 256;
@@ -155,7 +157,8 @@ impl Node {
                 None => learned.now.clone(),
             };
             let highest = listed.first().map(|listed| listed.sequence);
-            match self.publish_as(snapshot, profile, &merged, highest).await {
+            let content = merged.content(profile, limit_bytes);
+            match self.publish_as(snapshot, &content, highest).await {
                 Err(error) if error.kind() == ErrorKind::Exists => {}
                 published => return published,
             }
@@ -178,7 +181,8 @@ impl Node {
                 return Ok(None);
             }
             let highest = listed.first().map(|listed| listed.sequence);
-            match self.publish_as(snapshot, profile, &LearnedSet::default(), highest).await {
+            let nothing = LearnedSet::default().content(profile, 0);
+            match self.publish_as(snapshot, &nothing, highest).await {
                 Ok(set) => return Ok(Some(set.sequence())),
                 Err(error) if error.kind() == ErrorKind::Exists => {}
                 Err(error) => return Err(error),
@@ -191,13 +195,12 @@ impl Node {
     async fn publish_as(
         &self,
         snapshot: &Arc<Snapshot>,
-        profile: &Profile,
-        set: &LearnedSet,
+        content: &WorkingSetContent,
         highest: Option<u64>,
     ) -> Result<Arc<WorkingSet>, Error> {
         let id = snapshot.id();
         let sequence = keys::next_sequence(&keys::working_sets(id), highest)?;
-        let chunks = build(snapshot, &set.content(profile)).await?;
+        let chunks = build(snapshot, content).await?;
         let stored_bytes = chunks.iter().map(|chunk| chunk.len() as u64).sum();
         self.store().objects().create(&keys::working_set(id, sequence), &chunks).await?;
         self.open_working_set(snapshot, ListedWorkingSet { sequence, stored_bytes }).await

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use super::neighbours::neighbours;
 use crate::{PAGE_SIZE, Profile, RecordedPage, Touch, WEIGHT_ONE, WorkingSet, WorkingSetContent};
 
 /// A page whose weight falls below this leaves the set. From a weight of 1 that takes eight complete
@@ -90,6 +91,8 @@ impl LearnedSet {
     pub fn of(set: &WorkingSet) -> Self {
         let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame)).map(|run| (run, false));
         let runs = data.chain(set.zero_runs().iter().map(|run| (run, true)));
+        // The neighbours follow from the others.
+        let runs = runs.filter(|(run, _)| run.weight > 0);
         let pages = runs.flat_map(|(run, zero)| {
             let page = LearnedPage {
                 first_touch_us: run.first_touch_us,
@@ -103,8 +106,8 @@ impl LearnedSet {
         Self::new(pages, set.restores())
     }
 
-    /// The same, to be stored.
-    pub fn content(&self, profile: &Profile) -> WorkingSetContent {
+    /// The same with its [`neighbours`], to be stored; of these no more than leave `limit_bytes` of pages.
+    pub fn content(&self, profile: &Profile, limit_bytes: u64) -> WorkingSetContent {
         let weight = |weight: f32| {
             let steps =
                 (weight * WEIGHT_STEPS).round().clamp(DROP_BELOW * WEIGHT_STEPS, WEIGHT_STEPS);
@@ -122,11 +125,23 @@ impl LearnedSet {
             first_touch_us: learned.first_touch_us,
             weight: weight(learned.weight),
         };
+        let most = most_pages(limit_bytes).saturating_sub(self.data_pages());
+        let neighbours = neighbours(&self.pages, most).into_iter();
+        let neighbours = neighbours.map(|((file, page), first_touch_us)| RecordedPage {
+            file,
+            page,
+            first_touch_us,
+            weight: 0,
+        });
         WorkingSetContent {
             profile: profile.clone(),
             restores: self.restores,
-            pages: self.in_order().into_iter().map(page).collect(),
+            pages: self.in_order().into_iter().map(page).chain(neighbours).collect(),
         }
+    }
+
+    fn data_pages(&self) -> usize {
+        self.pages.values().filter(|page| !page.zero).count()
     }
 
     /// How many complete observations it was learned from.
@@ -158,7 +173,14 @@ impl LearnedSet {
 
     /// How well it did in a restore of which this was seen.
     pub fn fit(&self, seen: &Observation) -> Fit {
-        let missed = seen.touches.iter().filter(|touch| !self.has(touch)).count();
+        // Where they were not installed, only we know that they would have been.
+        let neighbours =
+            if seen.complete { neighbours(&self.pages, usize::MAX) } else { BTreeMap::new() };
+        let has = |touch: &Touch| {
+            let key = (touch.file, touch.page);
+            self.pages.contains_key(&key) || neighbours.contains_key(&key)
+        };
+        let missed = seen.touches.iter().filter(|touch| !has(touch)).count();
         let touched = match seen.complete {
             true => seen.touches.len() as f64,
             // What was installed and touched cannot be seen: as much as the weights expect.
@@ -167,10 +189,6 @@ impl LearnedSet {
             }
         };
         Fit { missed: missed as f64 / touched.max(1.0) }
-    }
-
-    fn has(&self, touch: &Touch) -> bool {
-        self.pages.contains_key(&(touch.file, touch.page))
     }
 
     /// The set after a restore; `is_zero` says of a page whether it is zeros in the snapshot, `None` if
@@ -227,8 +245,7 @@ impl LearnedSet {
 
     /// Keeps what is touched most often, and of that the earliest.
     fn bound(&mut self, limit_bytes: u64) {
-        let most_data = usize::try_from(limit_bytes / PAGE_SIZE as u64).unwrap_or(usize::MAX);
-        for (zero, most) in [(false, most_data), (true, MAX_ZERO_PAGES)] {
+        for (zero, most) in [(false, most_pages(limit_bytes)), (true, MAX_ZERO_PAGES)] {
             let of_kind = self.pages.iter().filter(|(_, page)| page.zero == zero);
             let mut pages: Vec<_> = of_kind.map(|(key, page)| (*key, *page)).collect();
             if pages.len() <= most {
@@ -294,6 +311,10 @@ impl LearnedSet {
         let went = published.pages.keys().filter(|key| !self.pages.contains_key(*key)).count();
         (came + went) as f64 > PUBLISH_CHANGE * published.pages.len() as f64
     }
+}
+
+fn most_pages(limit_bytes: u64) -> usize {
+    usize::try_from(limit_bytes / PAGE_SIZE as u64).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

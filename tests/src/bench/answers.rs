@@ -2,6 +2,7 @@
 //! that was recorded with one input fits another.
 
 use std::fmt::Write;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -12,6 +13,9 @@ use crate::worker::Worker;
 
 /// The input of the recording, and one that the guest has never seen.
 const INPUTS: [&str; 2] = ["one", "another"];
+/// Others, of a guest that is restored again and again.
+const MORE_INPUTS: [&str; 6] =
+    ["another", "a third", "the fourth, which is longer", "5", "six of them", "the seventh"];
 
 /// All rounds of one guest.
 #[derive(Default)]
@@ -23,6 +27,8 @@ pub struct Answers {
     warm_ms: Vec<f64>,
     /// Cold, with another input: pages that were not in the working set and had to be served, by its pages.
     missed: Vec<f64>,
+    /// The same in restores one after the other, each with one more input, on a node that learns from them.
+    missed_learning: Vec<f64>,
 }
 
 impl Answers {
@@ -38,11 +44,33 @@ impl Answers {
         warm(lab, made)?;
         let warm_ms = warm(lab, made)?;
         let (_, restore) = ours(lab, made, INPUTS[1])?;
-        let count = |key: &str| restore[key].as_f64().with_context(|| format!("{key}: {restore}"));
-        self.missed.push(count("missed_pages")? / made.function.trace.pages().len() as f64);
+        self.missed.push(missed(made, &restore)?);
         self.cold_ms.push(cold_ms);
         self.warm_ms.push(warm_ms);
         Ok(())
+    }
+
+    /// Restores with more inputs, on a node that learns. Changes the working set of `made`: for the end.
+    pub fn learn(&mut self, lab: &Lab, made: &Made) -> Result<()> {
+        let directory = made.directory.join("learner");
+        let worker = Worker::start(&made.url, &directory, &["--settle", "1"])?;
+        let prepared = worker.prepare(&made.snapshot.function, "auto")?;
+        let socket = PathBuf::from(prepared["uffd"].as_str().context("a socket")?);
+        for input in MORE_INPUTS {
+            // Some restores are samples, into which nothing is installed.
+            let restore = loop {
+                let backend = Backend::Uffd { socket: socket.clone() };
+                let mut guest = lab.restore(&made.snapshot, &backend)?;
+                guest.request(input)?;
+                drop(guest);
+                let restore = worker.wait_for_restore(|restore| !restore["end"].is_null())?;
+                if restore["mode"] == "prefetch" {
+                    break restore;
+                }
+            };
+            self.missed_learning.push(missed(made, &restore)?);
+        }
+        worker.stop()
     }
 
     fn ratio(&self) -> f64 {
@@ -63,6 +91,13 @@ fn ours(lab: &Lab, made: &Made, input: &str) -> Result<(f64, Value)> {
     drop(guest);
     worker.stop()?;
     Ok((answer.since_resume.as_secs_f64() * 1000.0, restore))
+}
+
+/// Pages that were not in the working set and had to be served, by the pages of the trace.
+fn missed(made: &Made, restore: &Value) -> Result<f64> {
+    let count = |key: &str| restore[key].as_f64().with_context(|| format!("{key}: {restore}"));
+    let missed = count("missed_pages")? + count("missed_zero_pages")?;
+    Ok(missed / made.function.trace.pages().len() as f64)
 }
 
 fn warm(lab: &Lab, made: &Made) -> Result<f64> {
@@ -86,7 +121,8 @@ fn geometric_mean(guests: &[Answers]) -> f64 {
 /// For people.
 pub fn table(guests: &[Answers]) -> String {
     let mut text = String::from(
-        "\nresume to first answer, ms: median (smallest to largest); pages missed with another input\n\n",
+        "\nresume to first answer, ms: median (smallest to largest); pages missed with another input, by those of the trace:\n\
+         median of the first restores, and one restore after the other with six inputs on a node that learns\n\n",
     );
     for answers in guests {
         let spread = |values: &[f64]| {
@@ -94,14 +130,16 @@ pub fn table(guests: &[Answers]) -> String {
             let most = values.iter().copied().fold(0.0, f64::max);
             format!("{:.1} ({least:.1} to {most:.1})", median(values))
         };
+        let later = answers.missed_learning.iter().map(|missed| format!("{:.1}", 100.0 * missed));
         let _ = writeln!(
             text,
-            "{:<20} ours cold {:<26} file warm {:<26} {:.2}    missed {:.1} %",
+            "{:<20} ours cold {:<26} file warm {:<26} {:.2}    missed {:.1} %; learning {} %",
             answers.name,
             spread(&answers.cold_ms),
             spread(&answers.warm_ms),
             answers.ratio(),
-            100.0 * median(&answers.missed)
+            100.0 * median(&answers.missed),
+            later.collect::<Vec<_>>().join(", ")
         );
     }
     let _ = writeln!(text, "ours cold / file warm, geometric mean: {:.2}", geometric_mean(guests));
@@ -112,7 +150,7 @@ pub fn table(guests: &[Answers]) -> String {
 pub fn json(guests: &[Answers]) -> Value {
     let one = |answers: &Answers| {
         json!({"name": answers.name, "cold_ms": answers.cold_ms, "warm_ms": answers.warm_ms,
-               "missed_of_trace": answers.missed})
+               "missed_of_trace": answers.missed, "missed_while_learning": answers.missed_learning})
     };
     let guests_json: Vec<_> = guests.iter().map(one).collect();
     json!({"guests": guests_json, "cold_by_warm_geometric_mean": geometric_mean(guests)})

@@ -93,7 +93,7 @@ const fn ratio(what: &'static str, of: Of, ours: Alternative, other: Alternative
     Ratio { what, of, ours, other }
 }
 
-const RATIOS: [Ratio; 9] = [
+const RATIOS: [Ratio; 10] = [
     ratio("ours cold / REAP cold", Of::All, OursCold, ReapCold),
     ratio("ours cold / file mapping cold", Of::All, OursCold, FileCold),
     ratio("ours cold / ours on demand cold", Of::All, OursCold, OursDemandCold),
@@ -108,6 +108,12 @@ const RATIOS: [Ratio; 9] = [
     ),
     ratio(
         "p99 of a fault: while 64 MiB are prefetched / idle",
+        Of::WaitP99,
+        OursDemandBeside,
+        OursDemandWarm,
+    ),
+    ratio(
+        "the same, and the other VM touches them / idle",
         Of::WaitP99,
         OursDemandBusy,
         OursDemandWarm,

@@ -66,8 +66,9 @@ pub struct Touched {
     pub wait_p99_us: f64,
 }
 
-/// Runs one start. An error if a page was not what the memory file holds.
-pub fn touch(memory_file: &Path, trace: &Trace, way: &Way) -> Result<Touched> {
+/// Runs one start; one that is held touches nothing before standard input ends. An error if a page was not what the memory
+/// file holds.
+pub fn touch(memory_file: &Path, trace: &Trace, way: &Way, held: bool) -> Result<Touched> {
     let bytes = usize::try_from(std::fs::metadata(memory_file)?.len())?;
     ensure!(bytes.is_multiple_of(PAGE), "{}: not whole pages", memory_file.display());
     let began = Instant::now();
@@ -78,6 +79,9 @@ pub fn touch(memory_file: &Path, trace: &Trace, way: &Way) -> Result<Touched> {
         Way::Demand => demand(memory_file, bytes)?,
         Way::Reap { working_set, cached } => reap(memory_file, bytes, trace, working_set, *cached)?,
     };
+    if held {
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    }
     let mut waits = Vec::new();
     let mut last = Instant::now();
     for page in trace.pages() {

@@ -1,7 +1,7 @@
 //! The alternatives, and the order in which they take turns.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -41,7 +41,10 @@ pub enum Alternative {
     OursWarm,
     /// Our handler without a working set, all in its memory, while it records.
     OursRecordWarm,
-    /// The same, not recording, while another VM's working set of 64 MiB is prefetched from the disk.
+    /// The same, not recording, while a working set of 64 MiB is prefetched from the disk into another VM, which does
+    /// nothing meanwhile.
+    OursDemandBeside,
+    /// The same, and the other VM touches all of it as it comes.
     OursDemandBusy,
     /// Our handler with the working set in a store that is shaped as S3 is, on a node that knows nothing but the
     /// name: from the call that prepares it.
@@ -52,9 +55,11 @@ use Alternative::*;
 
 /// Pages of the working set that is prefetched while another VM is served: 64 MiB.
 const OTHER_PAGES: usize = 16_384;
+/// Such snapshots: a second prefetch of one would find it decoded in memory.
+const OTHERS: [&str; 2] = ["other", "another"];
 
 /// All of them, in the order of the table.
-pub const ALTERNATIVES: [Alternative; 15] = [
+pub const ALTERNATIVES: [Alternative; 16] = [
     FileCold,
     DemandCold,
     ReapCold,
@@ -67,6 +72,7 @@ pub const ALTERNATIVES: [Alternative; 15] = [
     MountWarm,
     OursDemandWarm,
     OursRecordWarm,
+    OursDemandBeside,
     OursDemandBusy,
     OursWarm,
     OursRemote,
@@ -87,7 +93,8 @@ impl Alternative {
             OursDemandCold => "ours on demand, cold",
             OursDemandWarm => "ours on demand, warm",
             OursRecordWarm => "ours recording, warm",
-            OursDemandBusy => "on demand, warm, busy",
+            OursDemandBeside => "the same, prefetch beside",
+            OursDemandBusy => "the same, VM beside",
             OursCold => "ours, cold",
             OursWarm => "ours, warm node",
             OursRemote => "ours, remote (as S3)",
@@ -126,11 +133,13 @@ impl Bench {
             reap_pack_json(&bench.url, &["pack", "--name", &function.name, "--memory", memory])?;
             write_reap_file(&function.memory, &function.trace, &bench.reap_file(function))?;
         }
-        let other = bench.other()?;
-        let memory = other.memory.to_str().context("a path in UTF-8")?;
-        reap_pack_json(&bench.url, &["pack", "--name", &other.name, "--memory", memory])?;
+        let others = [bench.other(OTHERS[0])?, bench.other(OTHERS[1])?];
+        for other in &others {
+            let memory = other.memory.to_str().context("a path in UTF-8")?;
+            reap_pack_json(&bench.url, &["pack", "--name", &other.name, "--memory", memory])?;
+        }
         let worker = bench.worker(&["--settle", "1"])?;
-        for function in functions.iter().chain([&other]) {
+        for function in functions.iter().chain(&others) {
             let socket = bench.socket(&worker, function, "auto")?;
             touch_apart(function, &["socket", &socket])?;
             worker.wait_for_working_set(&function.name)?;
@@ -144,9 +153,9 @@ impl Bench {
         &self.url
     }
 
-    /// The snapshot that is prefetched while another VM is served on demand: 64 MiB in runs of four
+    /// A snapshot that is prefetched while another VM is served on demand: 64 MiB in runs of four
     /// pages, which compress to a third.
-    fn other(&self) -> Result<Function> {
+    fn other(&self, name: &str) -> Result<Function> {
         let (memory, trace_file) = (self.scratch.join("other"), self.scratch.join("other.trace"));
         if !memory.exists() {
             let (mut random, mut bytes) = (1u64, Vec::new());
@@ -162,7 +171,7 @@ impl Bench {
             std::fs::write(&trace_file, lines.concat())?;
         }
         let trace = Trace::read(&trace_file, 2 * OTHER_PAGES as u64)?;
-        Ok(Function { name: "other".into(), memory, trace_file, trace })
+        Ok(Function { name: name.into(), memory, trace_file, trace })
     }
 
     fn reap_file(&self, function: &Function) -> PathBuf {
@@ -210,15 +219,16 @@ impl Bench {
             take(cold, false, &["socket", &socket])?;
             take(warm, false, &["socket", &socket])?;
             if mode == "demand" {
-                let other = self.other()?;
-                let busy = self.socket(&worker, &other, "prefetch")?;
-                evict_tree(&self.scratch.join("store"))?;
-                std::thread::scope(|scope| {
-                    let prefetched = scope.spawn(|| touch_apart(&other, &["socket", &busy]));
+                let busy = [(OursDemandBeside, true), (OursDemandBusy, false)];
+                for ((busy, held), other) in busy.into_iter().zip(OTHERS) {
+                    let other = self.other(other)?;
+                    let way = self.socket(&worker, &other, "prefetch")?;
+                    evict_tree(&self.scratch.join("store"))?;
+                    let other = Start::begin(&other, &["socket", &way], held)?;
                     wait_for_prefetch(&worker)?;
-                    take(OursDemandBusy, false, &["socket", &socket])?;
-                    prefetched.join().expect("does not panic").map(drop)
-                })?;
+                    take(busy, false, &["socket", &socket])?;
+                    other.end()?;
+                }
                 let socket = self.socket(&worker, function, "record")?;
                 take(OursRecordWarm, false, &["socket", &socket])?;
             }
@@ -241,16 +251,38 @@ impl Bench {
 
 /// One start in a process of its own.
 pub(super) fn touch_apart(function: &Function, way: &[&str]) -> Result<Touched> {
-    let output = Command::new(std::env::current_exe()?)
-        .arg("touch")
-        .arg(&function.memory)
-        .arg(&function.trace_file)
-        .args(way)
-        .stdin(Stdio::null())
-        .output()?;
-    let reason = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {way:?}: {}: {reason}", function.name, output.status);
-    Ok(serde_json::from_slice(&output.stdout)?)
+    Start::begin(function, way, false)?.end()
+}
+
+/// A start that is under way in a process of its own.
+struct Start {
+    process: Child,
+    what: String,
+}
+
+impl Start {
+    /// One that is held touches nothing before [`Self::end`].
+    fn begin(function: &Function, way: &[&str], held: bool) -> Result<Self> {
+        let process = Command::new(std::env::current_exe()?)
+            .arg("touch")
+            .args(held.then_some("--held"))
+            .arg(&function.memory)
+            .arg(&function.trace_file)
+            .args(way)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        Ok(Self { process, what: format!("{}: {way:?}", function.name) })
+    }
+
+    fn end(self) -> Result<Touched> {
+        // This ends its input.
+        let output = self.process.wait_with_output()?;
+        let reason = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {}: {reason}", self.what, output.status);
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
 }
 
 /// Until the newest restore has installed something ahead.

@@ -47,6 +47,9 @@ enum Command {
         memory: PathBuf,
         /// The trace
         trace: PathBuf,
+        /// Touches nothing before standard input ends
+        #[arg(long)]
+        held: bool,
         #[command(subcommand)]
         way: Way,
     },
@@ -96,8 +99,8 @@ fn read_trace(trace: &Path, memory: &Path) -> Result<Trace> {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Touch { memory, trace, way } => {
-            let touched = touch(&memory, &read_trace(&trace, &memory)?, &way)?;
+        Command::Touch { memory, trace, held, way } => {
+            let touched = touch(&memory, &read_trace(&trace, &memory)?, &way, held)?;
             println!("{}", serde_json::to_string(&touched)?);
             Ok(())
         }
@@ -128,6 +131,9 @@ fn run(command: Command) -> Result<()> {
                 for (made, answers) in made.iter().zip(&mut guests) {
                     answers.round(&lab, made)?;
                 }
+            }
+            for (made, answers) in made.iter().zip(&mut guests).filter(|_| rounds > 0) {
+                answers.learn(&lab, made)?;
             }
             let functions: Vec<_> = made.into_iter().map(|made| made.function).collect();
             measure(&functions, &options, &scratch, (rounds > 0).then_some(&guests[..]))

@@ -192,12 +192,14 @@ fn runs(set: &WorkingSet) -> impl Iterator<Item = &WorkingSetRun> {
 
 /// How many pages are touched by what part of restores.
 fn weights(set: &WorkingSet) -> Value {
-    let mut counts = [("always", 0), ("mostly", 0), ("at times", 0)];
+    let mut counts = [("always", 0), ("mostly", 0), ("at times", 0), ("never yet", 0)];
     for run in runs(set) {
         let kind = match f32::from(run.weight) / f32::from(reap_store::WEIGHT_ONE) {
             weight if weight >= 0.95 => 0,
             weight if weight >= 0.5 => 1,
-            _ => 2,
+            weight if weight > 0.0 => 2,
+            // Taken because most around them were touched.
+            _ => 3,
         };
         counts[kind].1 += u64::from(run.pages);
     }
@@ -215,13 +217,14 @@ fn per_file(set: &WorkingSet) -> Value {
     counted.filter(|(_, pages)| *pages > 0).map(|(name, pages)| (name, json!(pages))).collect()
 }
 
-/// Pages of guest memory by the time of their run's first touch, microseconds; memory is file 0.
+/// Pages of guest memory that were touched, by the time of their run's first touch, microseconds; memory is file 0.
 fn touches(set: &WorkingSet) -> Vec<(u32, u64)> {
     let pages = |run: &WorkingSetRun| {
         let at_us = run.first_touch_us;
         (run.first_page..run.first_page + u64::from(run.pages)).map(move |page| (at_us, page))
     };
-    let mut touches: Vec<_> = runs(set).filter(|run| run.file == 0).flat_map(pages).collect();
+    let mut touches: Vec<_> =
+        runs(set).filter(|run| run.file == 0 && run.weight > 0).flat_map(pages).collect();
     touches.sort_by_key(|(at_us, _)| *at_us);
     touches
 }

@@ -254,3 +254,26 @@ fn pages_of_a_file_that_nobody_read_keep_their_weight() {
     }
     assert!(set.page((2, 7)).is_none());
 }
+
+#[test]
+fn neighbours_are_stored_without_weight_and_are_not_learned_from() {
+    let profile = Profile::default();
+    let touched: Vec<u64> = (0..300).filter(|page| page % 3 != 0).collect();
+    let set = LearnedSet::default().learn(&seen(touched.clone(), true), is_zero, NO_LIMIT);
+    let content = set.content(&profile, NO_LIMIT);
+    let others: Vec<_> = content.pages.iter().filter(|page| page.weight == 0).collect();
+    assert_eq!(content.pages.len() - others.len(), touched.len());
+    assert!(others.len() > 70 && others.iter().all(|page| page.page % 3 == 0), "{others:?}");
+
+    let data = set.in_order().iter().filter(|(_, page)| !page.zero).count();
+    let limited = set.content(&profile, (data as u64 + 5) * 4096);
+    assert_eq!(limited.pages.len(), touched.len() + 5, "what is left of the limit");
+    let limited = set.content(&profile, 4096);
+    assert_eq!(limited.pages.len(), touched.len(), "nothing is left");
+
+    // A sample touches one of them: it would have been there.
+    let sample = seen(touched.iter().copied().chain([150]), true);
+    assert!(set.fit(&sample).missed.abs() < 1e-9);
+    let far = seen(touched.iter().copied().chain([1000]), true);
+    assert!(set.fit(&far).missed > 0.0);
+}
