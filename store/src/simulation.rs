@@ -136,10 +136,16 @@ fn nothing_is_lost_whatever_the_store_and_the_others_do() {
 #[cfg(feature = "soak")]
 #[test]
 fn nothing_is_lost_in_many_seeds() {
-    for thousand in (1000..21_000).step_by(1000) {
-        nothing_is_lost(thousand..thousand + 1000);
-        println!("{} seeds, no violation", thousand);
-    }
+    let thousands = parking_lot::Mutex::new((1000..21_000).step_by(1000));
+    let next = || thousands.lock().next();
+    let work = || {
+        while let Some(thousand) = next() {
+            nothing_is_lost(thousand..thousand + 1000);
+            println!("seeds {thousand} to {}, no violation", thousand + 999);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
 }
 
 #[test]

@@ -20,9 +20,9 @@ const SHORTEST_NEAR_BYTES: u64 = 1 << 20;
 pub(super) const SPREAD: u64 = 16;
 
 /// The same two for streaming, where nobody waits for a certain frame and requests are what costs: a
-/// gap takes 12 ms at 90 MB/s, a request 30 ms.
-const LARGEST_STREAMED_GAP_BYTES: u64 = 1 << 20;
-pub(crate) const LONGEST_STREAMED_BYTES: u64 = 8 << 20;
+/// gap takes 23 ms at 90 MB/s, a request 30 ms.
+const LARGEST_STREAMED_GAP_BYTES: u64 = 2 << 20;
+pub(crate) const LONGEST_STREAMED_BYTES: u64 = 12 << 20;
 
 /// What requests should be like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,8 +183,8 @@ mod tests {
         let object = ObjectId::WorkingSet(SnapshotId::random(), 1);
         let every_eighth = (0..1024).map(|number| frame(object, number * 131_072, 16_384));
         let groups = merge(every_eighth.collect(), Shape::Long);
-        assert_eq!(groups.len(), 16, "128 MiB with gaps are requests of 8 MiB");
-        let far = vec![frame(object, 0, 16_384), frame(object, 2 << 20, 16_384)];
+        assert_eq!(groups.len(), 11, "128 MiB with gaps are requests of 12 MiB");
+        let far = vec![frame(object, 0, 16_384), frame(object, 3 << 20, 16_384)];
         assert_eq!(merge(far, Shape::Long).len(), 2);
     }
 }

@@ -52,7 +52,7 @@ impl Purpose {
             // Retries are the fetch path's: it knows the deadline of who waits. A body that moves
             // is not thrown away after 2 s, or a slow line would never bring one.
             Self::Demand => Patience { idle: seconds(2), total: seconds(10), retries: 0 },
-            // Demand may join such a request, so it does not hang much longer. 8 MiB in 60 s are
+            // Demand may join such a request, so it does not hang much longer. 12 MiB in 60 s are
             // 140 kB/s.
             Self::Prefetch => Patience { idle: seconds(3), total: seconds(60), retries: 0 },
             Self::Bulk => Patience { idle: seconds(10), total: seconds(300), retries: 4 },
