@@ -243,25 +243,28 @@ impl Node {
         id: SnapshotId,
         read: impl Future<Output = Result<(Commit, Manifest), Error>>,
     ) -> Result<Arc<Snapshot>, Error> {
-        Ok(self.open_and(id, read, |_| async {}).await?.0)
+        Ok(self.open_and(id, read, |_| ()).await?.0)
     }
 
-    /// The same, and what `with` makes of the snapshot, as soon as it is read: perhaps before it is known that it was
-    /// not removed, and then nothing comes of either.
+    /// The same, and what `begin` begins with the snapshot as soon as it is read, which must not wait: perhaps before it is
+    /// known that it was not removed, and then nothing comes of either.
     async fn open_and<T>(
         &self,
         id: SnapshotId,
         read: impl Future<Output = Result<(Commit, Manifest), Error>>,
-        with: impl AsyncFnOnce(Arc<Snapshot>) -> T,
+        begin: impl FnOnce(&Arc<Snapshot>) -> T,
     ) -> Result<(Arc<Snapshot>, T), Error> {
+        let begun = |snapshot: Arc<Snapshot>| {
+            let begun = begin(&snapshot);
+            (snapshot, begun)
+        };
         if let Some(snapshot) = self.opened(id) {
-            return Ok((snapshot.clone(), with(snapshot).await));
+            return Ok(begun(snapshot));
         }
         let slot = self.0.snapshots.lock().entry(id).or_default().clone();
         let mut turn = slot.turn.lock().await;
         if let Some(snapshot) = self.opened(id) {
-            drop(turn);
-            return Ok((snapshot.clone(), with(snapshot).await));
+            return Ok(begun(snapshot));
         }
         // Whoever had it open is gone, and the pin was not let go yet.
         let before = turn.take();
@@ -269,9 +272,7 @@ impl Node {
         let mut pin = Pin::new(&self.0.store, self.0.id, id);
         let read = async {
             let (commit, manifest) = read.await?;
-            let snapshot = Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest));
-            let made = with(snapshot.clone()).await;
-            Ok((snapshot, made))
+            Ok(begun(Arc::new(Snapshot::new(self.0.fetcher.clone(), commit, manifest))))
         };
         let opened = pin.open(read).await;
         match &opened {

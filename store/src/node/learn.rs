@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use tokio::task::{JoinError, JoinSet};
+
 use crate::fetch::{Ahead, ObjectId};
 use crate::format::keys;
 use crate::store::ListedWorkingSet;
@@ -25,6 +27,13 @@ pub struct Learned<'a> {
     pub base: &'a LearnedSet,
     /// What became of it here.
     pub now: &'a LearnedSet,
+}
+
+/// The working sets of a snapshot, newest first, and the first bytes of the newest, on their way.
+type LookedAhead = (Vec<ListedWorkingSet>, Option<Arc<Ahead>>);
+
+fn no_set(error: JoinError) -> Error {
+    Error::local("looking for a working set", error)
 }
 
 /// A set without pages says that there is none.
@@ -66,31 +75,41 @@ impl Node {
         let node = self.clone();
         let looking = self.runtime().spawn(async move { node.look_ahead(id).await });
         // With the manifest and before it is known that the snapshot may be read: what is decoded meanwhile is
-        // verified as ever, and nobody has it before that.
-        let newest = |snapshot: Arc<Snapshot>| async move {
-            let looked =
-                looking.await.map_err(|error| Error::local("looking for a working set", error));
-            let (listed, ahead) = looked??;
-            let newest = self.newest_of(&snapshot, profile, &listed, ahead.as_ref()).await?;
-            let newest = newest.filter(has_pages);
-            if let (Some(set), Some(ahead)) = (&newest, &ahead)
-                && listed.first().is_some_and(|listed| listed.sequence == set.sequence())
-            {
-                snapshot.fetcher().decode_ahead(set.specs(), ahead);
-            }
-            Ok(newest)
+        // verified as ever, and nobody has it before that. It ends with this call.
+        let (node, profile) = (self.clone(), profile.clone());
+        let find = |snapshot: &Arc<Snapshot>| {
+            let snapshot = snapshot.clone();
+            let mut finding = JoinSet::new();
+            let found = async move { node.find_ahead(&snapshot, &profile, looking.await).await };
+            finding.spawn_on(found, self.runtime().handle());
+            finding
         };
-        let read = self.store().read_snapshot(id);
-        let (snapshot, newest) = self.open_and(id, read, newest).await?;
-        Ok((snapshot, newest?))
+        let (snapshot, mut finding) =
+            self.open_and(id, self.store().read_snapshot(id), find).await?;
+        let found = finding.join_next().await.transpose().map_err(no_set)?;
+        Ok((snapshot, found.transpose()?.flatten()))
     }
 
-    /// The working sets of a snapshot, newest first, and the first bytes of the newest, on their way. While it is asked
-    /// which that is, it is taken for the first: it is, until a node has learned more.
-    async fn look_ahead(
+    /// The newest working set, where it was looked for; begins to decode what of it is read ahead.
+    async fn find_ahead(
         &self,
-        id: SnapshotId,
-    ) -> Result<(Vec<ListedWorkingSet>, Option<Arc<Ahead>>), Error> {
+        snapshot: &Arc<Snapshot>,
+        profile: &Profile,
+        looked: Result<Result<LookedAhead, Error>, JoinError>,
+    ) -> Result<Option<Arc<WorkingSet>>, Error> {
+        let (listed, ahead) = looked.map_err(no_set)??;
+        let newest = self.newest_of(snapshot, profile, &listed, ahead.as_ref()).await?;
+        let newest = newest.filter(has_pages);
+        if let (Some(set), Some(ahead)) = (&newest, &ahead)
+            && listed.first().is_some_and(|listed| listed.sequence == set.sequence())
+        {
+            snapshot.fetcher().decode_ahead(set.specs(), ahead);
+        }
+        Ok(newest)
+    }
+
+    /// While it is asked which set is the newest, it is taken for the first: it is, until a node has learned more.
+    async fn look_ahead(&self, id: SnapshotId) -> Result<LookedAhead, Error> {
         let guess = self.0.fetcher.guess_ahead(id);
         let listed = self.store().working_sets(id).await?;
         let ahead = listed.first().and_then(|newest| match guess {
