@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use reap_store::{FrameIndex, Node, NodeConfig, Snapshot, Urgency};
 use reap_tests::servers::{Azurite, Careless, Environment, StandIn, run_body};
 use reap_tests::worker::{Worker, reap_pack_command};
@@ -221,7 +221,12 @@ impl Reader {
         self.read(0..2).context("cached reads do not go on")?;
         let waiting = self.read_later(part);
         std::thread::sleep(Duration::from_secs(3));
-        ensure!(!waiting.is_finished(), "{how}: the store was not needed: this shows nothing");
+        if waiting.is_finished() {
+            let read = waiting.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+            let log = self.worker.log();
+            read.with_context(|| format!("{how}: it was not waited for: {log}"))?;
+            bail!("{how}: the store was not needed: this shows nothing");
+        }
         back()?;
         let since = Instant::now();
         waiting.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
