@@ -96,6 +96,14 @@ pub struct WorkingSetRun {
     pub weight: u16,
 }
 
+impl WorkingSetRun {
+    /// Whether a restore was seen to touch its pages; others are there because most around them were.
+    #[must_use]
+    pub fn was_touched(&self) -> bool {
+        self.weight > 0
+    }
+}
+
 /// An opened working set.
 pub struct WorkingSet {
     snapshot: Arc<Snapshot>,

@@ -14,7 +14,6 @@ mod forward;
 mod log;
 pub mod overhead;
 mod plan;
-mod timer;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;

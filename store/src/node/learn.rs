@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use crate::fetch::{Ahead, ObjectId};
 use crate::format::keys;
@@ -80,7 +80,7 @@ impl Node {
         let find = |snapshot: &Arc<Snapshot>| {
             let snapshot = snapshot.clone();
             let mut finding = JoinSet::new();
-            let found = async move { node.find_ahead(&snapshot, &profile, looking.await).await };
+            let found = async move { node.find_ahead(&snapshot, &profile, looking).await };
             finding.spawn_on(found, self.runtime().handle());
             finding
         };
@@ -95,9 +95,9 @@ impl Node {
         &self,
         snapshot: &Arc<Snapshot>,
         profile: &Profile,
-        looked: Result<Result<LookedAhead, Error>, JoinError>,
+        looking: JoinHandle<Result<LookedAhead, Error>>,
     ) -> Result<Option<Arc<WorkingSet>>, Error> {
-        let (listed, ahead) = looked.map_err(no_set)??;
+        let (listed, ahead) = looking.await.map_err(no_set)??;
         let newest = self.newest_of(snapshot, profile, &listed, ahead.as_ref()).await?;
         let newest = newest.filter(has_pages);
         if let (Some(set), Some(ahead)) = (&newest, &ahead)

@@ -92,7 +92,7 @@ impl LearnedSet {
         let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame)).map(|run| (run, false));
         let runs = data.chain(set.zero_runs().iter().map(|run| (run, true)));
         // The neighbours follow from the others.
-        let runs = runs.filter(|(run, _)| run.weight > 0);
+        let runs = runs.filter(|(run, _)| run.was_touched());
         let pages = runs.flat_map(|(run, zero)| {
             let page = LearnedPage {
                 first_touch_us: run.first_touch_us,

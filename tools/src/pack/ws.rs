@@ -224,7 +224,7 @@ fn touches(set: &WorkingSet) -> Vec<(u32, u64)> {
         (run.first_page..run.first_page + u64::from(run.pages)).map(move |page| (at_us, page))
     };
     let mut touches: Vec<_> =
-        runs(set).filter(|run| run.file == 0 && run.weight > 0).flat_map(pages).collect();
+        runs(set).filter(|run| run.file == 0 && run.was_touched()).flat_map(pages).collect();
     touches.sort_by_key(|(at_us, _)| *at_us);
     touches
 }
