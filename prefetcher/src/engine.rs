@@ -191,9 +191,10 @@ impl Engine {
     fn process_ended(&self, vm: &Arc<Vm>) {
         self.poller.forget(&vm.vmm);
         if vm.has_memory() {
-            // Somebody connected for the VMM, or gave its memory to another process: serve on,
-            // until the memory is gone.
-            tracing::warn!("restore {}: the peer ended, its memory lives on", vm.restore.id);
+            // Somebody connected for the VMM, or an install of ours holds the memory of a process that
+            // is gone: serve on, and look at every tick whether the memory is there still.
+            tracing::info!("restore {}: the peer ended, its memory lives on", vm.restore.id);
+            vm.outlived.store(true, Ordering::Relaxed);
             return;
         }
         self.remove(vm);
@@ -213,10 +214,11 @@ impl Engine {
     }
 
     fn tick(&self, vm: &Arc<Vm>) {
+        let ending = vm.restore.has_ended() || vm.outlived.load(Ordering::Relaxed);
+        if ending && !vm.has_memory() {
+            self.remove(vm);
+        }
         if vm.restore.has_ended() {
-            if !vm.has_memory() {
-                self.remove(vm);
-            }
             return;
         }
         let oldest = vm.memory.oldest_fault();

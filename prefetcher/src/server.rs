@@ -5,7 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -303,6 +303,7 @@ impl Shared {
             file,
             memory: GuestMemory::new(layout, uffd),
             vmm,
+            outlived: AtomicBool::new(false),
             _socket: socket,
             recording: Mutex::new(recording),
             planned,

@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -28,6 +28,8 @@ pub(crate) struct Vm {
     pub(crate) file: usize,
     pub(crate) memory: GuestMemory<Uffd>,
     pub(crate) vmm: Vmm,
+    /// The process at the other end is gone, its memory was not.
+    pub(crate) outlived: AtomicBool,
     /// Kept open: a VMM may take its end for a dead handler.
     pub(crate) _socket: std::os::unix::net::UnixStream,
     pub(crate) recording: Mutex<Option<Recording>>,

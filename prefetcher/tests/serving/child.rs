@@ -1,14 +1,19 @@
 //! VMMs in processes of their own: what ends, and what is ended.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use reap_prefetcher::{End, Mode, ServerConfig};
+use reap_vmm::PretendVm;
 
 use crate::{Fixture, whole};
 
 const SOCKET: &str = "REAP_TEST_PRETEND_VMM";
+/// Somebody else connects for it.
+const THROUGH_ANOTHER: &str = "REAP_TEST_THROUGH_ANOTHER";
+const MESSAGE: &str = "REAP_TEST_MESSAGE";
 const PAGES: u64 = 1000;
 
 /// Not a test of its own: the body of the child process.
@@ -16,7 +21,10 @@ const PAGES: u64 = 1000;
 fn pretend_vmm_process() {
     let Ok(socket) = std::env::var(SOCKET) else { return };
     let mut vm = whole(PAGES);
-    vm.connect(std::path::Path::new(&socket)).expect("connects");
+    match std::env::var(THROUGH_ANOTHER) {
+        Ok(_) => connect_through_another(&vm),
+        Err(_) => vm.connect(std::path::Path::new(&socket)).expect("connects"),
+    }
     let pages = vm.pages();
     for line in std::io::stdin().lines() {
         let line = line.expect("a line");
@@ -30,13 +38,38 @@ fn pretend_vmm_process() {
     }
 }
 
+/// Has another process shake hands, which ends then.
+fn connect_through_another(vm: &PretendVm) {
+    let went = Command::new(std::env::current_exe().expect("this binary"))
+        .args(["--exact", "child::handshake_for_another"])
+        .env(MESSAGE, vm.message())
+        .stdin(vm.uffd().try_clone_to_owned().expect("a duplicate"))
+        .stdout(Stdio::null())
+        .status();
+    assert!(went.expect("runs").success());
+}
+
+/// Not a test of its own: the body of that process. The userfaultfd is its standard input.
+#[test]
+fn handshake_for_another() {
+    let Ok(message) = std::env::var(MESSAGE) else { return };
+    let path = std::env::var(SOCKET).expect("a socket");
+    let socket = std::os::unix::net::UnixStream::connect(path).expect("connects");
+    reap_vmm::send(&socket, message.as_bytes(), &[std::io::stdin().as_fd()]).expect("sends");
+}
+
 pub struct VmmProcess(Child);
 
 impl VmmProcess {
     pub fn start(fixture: &Fixture) -> Self {
+        Self::start_with(fixture, &[])
+    }
+
+    fn start_with(fixture: &Fixture, variables: &[(&str, &str)]) -> Self {
         let child = Command::new(std::env::current_exe().expect("this binary"))
             .args(["--exact", "child::pretend_vmm_process", "--nocapture"])
             .env(SOCKET, fixture.socket())
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -84,6 +117,20 @@ fn a_vmm_that_dies_ends_its_restore_and_its_recording() {
     let report = fixture.wait_for(|report| report.end.is_some());
     assert_eq!(report.end, Some(End::VmmEnded));
     assert_eq!(receiver.recv_timeout(Duration::from_secs(5)), Ok(200));
+}
+
+/// As after a VMM that is killed while a prefetch has its memory in hands: the memory may go later than the
+/// process, and nothing says when.
+#[test]
+fn memory_that_outlives_its_process_is_served_until_it_goes() {
+    let fixture = Fixture::new(PAGES);
+    fixture.bind(|| Mode::Demand);
+    let mut vmm = VmmProcess::start_with(&fixture, &[(THROUGH_ANOTHER, "yes")]);
+    assert_eq!(vmm.check(0, PAGES).as_deref(), Some("right"));
+    let report = fixture.wait_for(|_| true);
+    assert!(report.end.is_none() && report.pid != vmm.0.id() as i32, "{report:?}");
+    drop(vmm);
+    assert_eq!(fixture.wait_for(|report| report.end.is_some()).end, Some(End::VmmEnded));
 }
 
 #[test]
