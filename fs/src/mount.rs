@@ -14,9 +14,6 @@ use crate::shim::Shim;
 
 /// What the mount table calls the source of our mounts.
 const SOURCE: &str = "reap";
-/// The kernel reads ahead at most so much for a sequential reader, see
-/// `docs/decisions/0002-mount-readahead.md`.
-const READAHEAD_BYTES: u32 = 1 << 20;
 /// FUSE threads at most: they only look up and hand on.
 const MAX_THREADS: usize = 4;
 /// The kernel ends our threads at once when the mount goes; where it could not be made to (not root,
@@ -77,7 +74,7 @@ impl Mount {
         let path = prepare(&config.mount_point)?;
         let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
         let poison = Arc::new(Poison::default());
-        let shim = Shim::new(node, owner, READAHEAD_BYTES, poison.clone());
+        let shim = Shim::new(node, owner, poison.clone());
         let mut options = Config::default();
         options.mount_options = vec![
             MountOption::FSName(SOURCE.into()),
@@ -109,10 +106,6 @@ impl Mount {
             .spawn(move || drop_poisoned(&notifier, &poison))
             .map_err(|error| MountError::System(mount.path.clone(), error))?;
         mount.invalidator = Some(invalidator);
-        let minor = mounts_at(&mount.path).last().and_then(|mount| mount.minor);
-        if let Some(minor) = minor {
-            set_readahead(minor);
-        }
         Ok(mount)
     }
 
@@ -254,8 +247,6 @@ fn prepare(mount_point: &Path) -> Result<PathBuf, MountError> {
 
 struct Mounted {
     is_ours: bool,
-    /// Minor number of its device, by which the kernel's control files call it.
-    minor: Option<u32>,
 }
 
 /// What is mounted at exactly `path`, lowest first.
@@ -265,20 +256,11 @@ fn mounts_at(path: &Path) -> Vec<Mounted> {
         let (left, right) = line.split_once(" - ")?;
         let fields: Vec<&str> = left.split(' ').collect();
         let place = fields.get(4)?.replace("\\040", " ").replace("\\134", "\\");
-        let minor = fields.get(2)?.split_once(':').and_then(|(_, minor)| minor.parse().ok());
         let mut source = right.split(' ');
         let is_ours = source.next()?.starts_with("fuse") && source.next()? == SOURCE;
-        (Path::new(&place) == path).then_some(Mounted { is_ours, minor })
+        (Path::new(&place) == path).then_some(Mounted { is_ours })
     };
     table.lines().filter_map(at).collect()
-}
-
-/// The kernel starts every FUSE mount at 128 KiB, whatever was agreed on.
-fn set_readahead(minor: u32) {
-    let file = format!("/sys/class/bdi/0:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&file, (READAHEAD_BYTES / 1024).to_string()) {
-        tracing::debug!("{file}: {error}");
-    }
 }
 
 /// Drops pages that somebody dirtied, until the mount ends.

@@ -12,19 +12,19 @@ const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Reads `length` bytes at `offset`, fewer at the end of the file, and hands them to `done`: on
 /// this thread if all frames are in memory, else on a decode thread. Never waits. Zeros cost
-/// nothing; bytes that cannot be had are an error, never zeros. Answers with the pages that it asked for.
+/// nothing; bytes that cannot be had are an error, never zeros.
 pub(crate) fn read(
     snapshot: &Arc<Snapshot>,
     file: usize,
     offset: u64,
     length: u32,
     done: impl FnOnce(Result<&[u8], Error>) + Send + 'static,
-) -> Range<u64> {
+) {
     let size = snapshot.files()[file].size;
     let end = size.min(offset.saturating_add(u64::from(length)));
     if offset >= end {
         done(Ok(&[]));
-        return 0..0;
+        return;
     }
     let span = Span { snapshot: snapshot.clone(), file, offset, end };
     let pages = span.pages();
@@ -34,7 +34,7 @@ pub(crate) fn read(
         frames.iter().map(|frame| Some((*frame, snapshot.cached(*frame)?))).collect();
     if let Some(cached) = cached {
         done(Ok(&span.assemble(&cached)));
-        return pages;
+        return;
     }
     let missing = AtomicUsize::new(frames.len());
     let state = Mutex::new((HashMap::new(), Some(done)));
@@ -61,7 +61,6 @@ pub(crate) fn read(
             done(Ok(&span.assemble(&arrived)));
         }
     });
-    pages
 }
 
 /// A range of a file that is not empty.

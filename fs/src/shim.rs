@@ -15,7 +15,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use reap_store::{Error, Name, Node, SequentialReader, SnapshotId};
+use reap_store::{Error, Name, Node, PAGE_SIZE, SequentialReader, SnapshotId};
 
 use crate::errno;
 use crate::poison::Poison;
@@ -38,7 +38,6 @@ type Listed = (u64, FileType, String);
 pub(crate) struct Shim {
     pub(crate) node: Node,
     pub(crate) owner: (u32, u32),
-    pub(crate) max_readahead_bytes: u32,
     pub(crate) poison: Arc<Poison>,
     state: Arc<State>,
 }
@@ -59,13 +58,8 @@ impl State {
 }
 
 impl Shim {
-    pub(crate) fn new(
-        node: Node,
-        owner: (u32, u32),
-        max_readahead_bytes: u32,
-        poison: Arc<Poison>,
-    ) -> Self {
-        Self { node, owner, max_readahead_bytes, poison, state: Arc::default() }
+    pub(crate) fn new(node: Node, owner: (u32, u32), poison: Arc<Poison>) -> Self {
+        Self { node, owner, poison, state: Arc::default() }
     }
 
     /// Finds a snapshot on the runtime, and answers from there.
@@ -153,16 +147,21 @@ impl Shim {
     fn read_file(&self, ino: u64, handle: u64, offset: u64, size: u32, reply: ReplyData) {
         match self.state.inodes.get(ino) {
             Some(Entry::File(snapshot, file)) => {
-                let pages = read(&snapshot, file, offset, size, move |bytes| match bytes {
+                let reader = self.state.readers.lock().get(&handle).cloned();
+                if let Some(reader) = &reader {
+                    let page = PAGE_SIZE as u64;
+                    let end = offset.saturating_add(u64::from(size));
+                    reader.reads(offset / page..end.div_ceil(page));
+                }
+                read(&snapshot, file, offset, size, move |bytes| match bytes {
                     Ok(bytes) => reply.data(bytes),
                     Err(error) => {
                         tracing::error!("read of inode {ino} at {offset}: {error}");
                         reply.error(errno::of_read(&error));
                     }
                 });
-                let reader = self.state.readers.lock().get(&handle).cloned();
                 if let Some(reader) = reader {
-                    reader.reads(pages);
+                    reader.brings();
                 }
             }
             Some(_) => reply.error(Errno::EISDIR),
@@ -238,8 +237,7 @@ impl Filesystem for Shim {
         for flag in [InitFlags::FUSE_ASYNC_READ, InitFlags::FUSE_PARALLEL_DIROPS] {
             config.add_capabilities(flag).unwrap_or_default();
         }
-        let readahead = config.set_max_readahead(self.max_readahead_bytes);
-        readahead.or_else(|most| config.set_max_readahead(most)).unwrap_or_default();
+        // Reading ahead is left as the kernel has it: `docs/decisions/0002-mount-readahead.md`.
         let background = config.set_max_background(MAX_BACKGROUND);
         background.unwrap_or_default();
         Ok(())

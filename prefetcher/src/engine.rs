@@ -14,7 +14,7 @@ use crate::fault;
 use crate::persist::persist;
 use crate::poller::Poller;
 use crate::recording::Recording;
-use crate::report::End;
+use crate::report::{Cause, End};
 use crate::vm::Vm;
 
 /// How often deadlines and settling are looked at.
@@ -78,6 +78,11 @@ impl Engine {
         self.vms.lock().values().cloned().collect()
     }
 
+    /// How long the fault that waits longest has waited.
+    pub(crate) fn oldest_fault(&self) -> Option<Duration> {
+        self.vms().iter().filter_map(|vm| Some(vm.memory.oldest_fault()?.elapsed())).max()
+    }
+
     pub(crate) fn vm_count(&self) -> usize {
         self.vms.lock().len()
     }
@@ -104,7 +109,7 @@ impl Engine {
             || {
                 // Events may have been read and lost; nobody may wait for them for ever.
                 for vm in self.vms() {
-                    vm.kill("the fault thread panicked; this is a bug");
+                    vm.kill(Cause::Bug, "the fault thread panicked; this is a bug");
                 }
             },
         );
@@ -173,12 +178,12 @@ impl Engine {
             Ok(events) if !vm.restore.has_ended() => fault::handle_events(self, vm, &events),
             Ok(_) => {}
             Err(error) => {
-                vm.kill(&format!("its userfaultfd cannot be read: {error}"));
+                vm.kill(Cause::Kernel, &format!("its userfaultfd cannot be read: {error}"));
                 self.forget_faults(vm);
             }
         }
         if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
-            vm.kill("its userfaultfd failed");
+            vm.kill(Cause::Kernel, "its userfaultfd failed");
             self.forget_faults(vm);
         }
     }
@@ -224,7 +229,7 @@ impl Engine {
         let oldest = vm.memory.oldest_fault();
         if oldest.is_some_and(|since| since.elapsed() > self.fault_deadline) {
             let seconds = self.fault_deadline.as_secs_f32();
-            vm.kill(&format!("a fault could not be served for {seconds} s"));
+            vm.kill(Cause::Deadline, &format!("a fault could not be served for {seconds} s"));
         }
         let settled = vm
             .recording

@@ -10,9 +10,10 @@ use parking_lot::Mutex;
 use reap_store::{Error, Frame, FrameIndex, Urgency, WorkingSet};
 
 use crate::engine::Engine;
+use crate::latency::FaultClass;
 use crate::memory::{Content, NewFault, Served};
 use crate::pending::PendingFault;
-use crate::report::{End, FaultClass};
+use crate::report::{Cause, End};
 use crate::uffd::MemoryEvent;
 use crate::vm::Vm;
 
@@ -22,10 +23,13 @@ pub(crate) fn handle_events(engine: &Arc<Engine>, vm: &Arc<Vm>, events: &[Memory
         match event {
             MemoryEvent::Fault(address) => match vm.layout().unit_at(*address) {
                 Some(unit) => handle_fault(engine, vm, unit),
-                None => vm.kill("a fault outside all regions that the handshake described"),
+                None => vm.kill(
+                    Cause::Protocol,
+                    "a fault outside all regions that the handshake described",
+                ),
             },
             MemoryEvent::Removed(..) => {}
-            MemoryEvent::Unsupported(what) => vm.kill(what),
+            MemoryEvent::Unsupported(what) => vm.kill(Cause::Protocol, what),
         }
     }
     retry(engine, vm);
@@ -54,7 +58,7 @@ fn handle_fault(engine: &Arc<Engine>, vm: &Arc<Vm>, unit: u64) {
             attend(engine, vm, unit, fault, &frames);
         }
         NewFault::Waits => {}
-        NewFault::TooMany => vm.kill("more faults wait than a VM has threads"),
+        NewFault::TooMany => vm.kill(Cause::Protocol, "more faults wait than a VM has threads"),
     }
 }
 
@@ -169,7 +173,8 @@ fn settle(
             }
         }
         Served::Failed(what, errno) => {
-            vm.kill(&format!("{what} ({})", std::io::Error::from_raw_os_error(errno)));
+            let error = std::io::Error::from_raw_os_error(errno);
+            vm.kill(Cause::Kernel, &format!("{what} ({error})"));
         }
     }
 }
@@ -214,7 +219,7 @@ fn arrived(collect: &Collect, index: FrameIndex, frame: Result<Frame, Error>) {
                 Some(fault) if vm.memory.is_removed(unit) => {
                     settle(&collect.engine, vm, unit, fault, Content::Zero);
                 }
-                Some(_) => vm.kill(&format!("a page cannot be had: {error}")),
+                Some(_) => vm.kill(Cause::Unservable, &format!("a page cannot be had: {error}")),
                 // Another of its frames failed before.
                 None => {}
             }
@@ -232,6 +237,6 @@ fn arrived(collect: &Collect, index: FrameIndex, frame: Result<Frame, Error>) {
     let Some(fault) = vm.memory.bytes_came(unit) else { return };
     match bytes {
         Some(bytes) => settle(&collect.engine, vm, unit, fault, Content::Bytes(&bytes)),
-        None => vm.kill("a page's frames do not cover it; this is a bug"),
+        None => vm.kill(Cause::Bug, "a page's frames do not cover it; this is a bug"),
     }
 }

@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use reap_store::PAGE_SIZE;
 
+use crate::latency::FaultClass;
 use crate::layout::Layout;
 use crate::page_state::PageState;
 use crate::pending::{Pending, PendingFault};
-use crate::report::FaultClass;
 use crate::uffd::{MemoryEvent, Outcome};
 
 /// Units installed under one hold of the lock when nobody waits for them: some 100 us, so that

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use crate::report::FaultClass;
+use crate::latency::FaultClass;
 
 /// A fault that waits.
 #[derive(Clone, Copy, Debug)]

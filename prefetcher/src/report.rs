@@ -8,95 +8,8 @@ use reap_store::SnapshotId;
 use serde::Serialize;
 
 use crate::fit::{Counts, Fit};
+use crate::latency::{FAULT_CLASSES, FaultClass, Histogram, Latency};
 use crate::timeline::{EventKind, Recorder};
-
-/// How a fault was served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FaultClass {
-    /// From a frame in memory.
-    Cached,
-    /// A frame had to be fetched.
-    Fetched,
-    /// The page is zero in the snapshot.
-    Zero,
-    /// The guest had given the page back.
-    Removed,
-}
-
-impl FaultClass {
-    fn event(self) -> EventKind {
-        match self {
-            Self::Cached => EventKind::FaultCached,
-            Self::Fetched => EventKind::FaultFetched,
-            Self::Zero => EventKind::FaultZero,
-            Self::Removed => EventKind::FaultRemoved,
-        }
-    }
-}
-
-const CLASSES: usize = 4;
-/// Four buckets to each doubling of microseconds, up to 2^26 us: percentiles within a fifth.
-const BUCKETS: usize = 4 * 27;
-
-/// Latencies of one class of faults.
-#[derive(Debug)]
-struct Histogram {
-    buckets: [AtomicU64; BUCKETS],
-    longest_us: AtomicU64,
-}
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { buckets: std::array::from_fn(|_| AtomicU64::new(0)), longest_us: AtomicU64::new(0) }
-    }
-}
-
-/// A histogram for people and scripts, in microseconds.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Latency {
-    /// How many faults.
-    pub count: u64,
-    /// Half were served within.
-    pub p50_us: u64,
-    /// 99 of 100 were served within.
-    pub p99_us: u64,
-    /// The slowest.
-    pub max_us: u64,
-}
-
-impl Histogram {
-    fn add(&self, took: Duration) {
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
-        let doubling = us.ilog2() as usize;
-        let quarter = if doubling < 2 { 0 } else { (us >> (doubling - 2) & 3) as usize };
-        let bucket = (4 * doubling + quarter).min(BUCKETS - 1);
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.longest_us.fetch_max(us, Ordering::Relaxed);
-    }
-
-    fn summary(&self) -> Latency {
-        let counts: Vec<u64> =
-            self.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect();
-        let count: u64 = counts.iter().sum();
-        let max_us = self.longest_us.load(Ordering::Relaxed);
-        let quantile = |part: f64| {
-            let rank = (count as f64 * part).ceil().max(1.0);
-            let mut seen = 0;
-            let bucket = counts.iter().position(|in_bucket| {
-                seen += in_bucket;
-                seen as f64 >= rank
-            });
-            bucket.map_or(0, |bucket| upper_us(bucket).min(max_us))
-        };
-        Latency { count, p50_us: quantile(0.5), p99_us: quantile(0.99), max_us }
-    }
-}
-
-/// The longest time that falls into a bucket.
-fn upper_us(bucket: usize) -> u64 {
-    let (doubling, quarter) = (bucket / 4, (bucket % 4) as u64);
-    if doubling < 2 { (2 << doubling) - 1 } else { ((5 + quarter) << (doubling - 2)) - 1 }
-}
 
 /// How a restore ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -106,12 +19,55 @@ pub enum End {
     VmmEnded,
     /// All memory was handed over because the daemon stops; the VM goes on alone.
     HandedOver,
-    /// We ended the VMM, for this reason.
-    Killed(String),
+    /// We ended the VMM.
+    Killed {
+        /// The kind of reason.
+        cause: Cause,
+        /// The reason.
+        reason: String,
+    },
+}
+
+/// Why a VMM is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// A fault was not served by its deadline.
+    Deadline,
+    /// A page cannot be had: its store is gone, or its bytes are damaged.
+    Unservable,
+    /// The VMM does what cannot be served.
+    Protocol,
+    /// The kernel refused.
+    Kernel,
+    /// The daemon stopped before the VM had all its memory.
+    Stop,
+    /// A fault of ours.
+    Bug,
+}
+
+impl Cause {
+    /// All of them.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Deadline, Self::Unservable, Self::Protocol, Self::Kernel, Self::Stop, Self::Bug];
+
+    /// Its name, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Deadline => "deadline",
+            Self::Unservable => "unservable",
+            Self::Protocol => "protocol",
+            Self::Kernel => "kernel",
+            Self::Stop => "stop",
+            Self::Bug => "bug",
+        }
+    }
 }
 
 /// Name of the mode in which a set is looked at and not installed.
 pub(crate) const SAMPLE: &str = "sample";
+/// Names of all modes.
+pub(crate) const MODES: [&str; 4] = ["demand", "record", SAMPLE, "prefetch"];
 
 /// The live counters of a restore.
 #[derive(Debug)]
@@ -119,7 +75,7 @@ pub(crate) struct Restore {
     pub(crate) id: u64,
     snapshot: SnapshotId,
     pid: i32,
-    mode: &'static str,
+    pub(crate) mode: &'static str,
     started: SystemTime,
     pub(crate) began: Instant,
     pub(crate) planned_pages: AtomicU64,
@@ -140,7 +96,7 @@ pub(crate) struct Restore {
     pub(crate) failed_prefetch_frames: AtomicU64,
     first_prefetch_us: AtomicU64,
     last_prefetch_us: AtomicU64,
-    faults: [Histogram; CLASSES],
+    pub(crate) faults: [Histogram; FAULT_CLASSES.len()],
     end: Mutex<Option<End>>,
 }
 
@@ -317,7 +273,7 @@ impl Restore {
         text
     }
 
-    fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counts {
             planned: load(&self.planned_pages) + load(&self.planned_zero_pages),
@@ -355,11 +311,15 @@ impl Restore {
     }
 
     pub(crate) fn was_killed(&self) -> bool {
-        matches!(*self.end.lock(), Some(End::Killed(_)))
+        matches!(*self.end.lock(), Some(End::Killed { .. }))
     }
 
     pub(crate) fn has_ended(&self) -> bool {
         self.end.lock().is_some()
+    }
+
+    pub(crate) fn end(&self) -> Option<End> {
+        self.end.lock().clone()
     }
 
     pub(crate) fn report(&self) -> RestoreReport {
@@ -374,7 +334,7 @@ impl Restore {
             pid: self.pid,
             mode: self.mode,
             started_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-            end: self.end.lock().clone(),
+            end: self.end(),
             planned_pages: load(&self.planned_pages),
             planned_zero_pages: load(&self.planned_zero_pages),
             prefetched_pages: load(&self.prefetched_pages),
@@ -397,23 +357,5 @@ impl Restore {
             faults_zero: fault(FaultClass::Zero),
             faults_removed: fault(FaultClass::Removed),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_within_a_fifth() {
-        let histogram = Histogram::default();
-        for us in 1..=1000 {
-            histogram.add(Duration::from_micros(us));
-        }
-        let summary = histogram.summary();
-        assert_eq!((summary.count, summary.max_us), (1000, 1000));
-        assert!((500..=600).contains(&summary.p50_us), "{summary:?}");
-        assert!((990..=1000).contains(&summary.p99_us), "{summary:?}");
-        assert_eq!(Histogram::default().summary().p99_us, 0);
     }
 }

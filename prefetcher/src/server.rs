@@ -1,6 +1,6 @@
 //! What `reapd` uses: sockets to bind, restores to look at, and a stop that leaves no VM behind.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,17 +15,16 @@ use reap_store::{FileKind, Snapshot, WorkingSet};
 use crate::accept::{Acceptor, Arrival, Bound};
 use crate::engine::{Engine, finish_recording};
 use crate::handshake::HandshakeError;
+use crate::history::{History, Totals};
 use crate::memory::GuestMemory;
 use crate::recording::{OnRecorded, Recording};
-use crate::report::{Restore, RestoreReport, SAMPLE};
+use crate::report::{Cause, Restore, RestoreReport, SAMPLE};
 use crate::timeline::Timeline;
 use crate::uffd::Uffd;
 use crate::vm::Vm;
 use crate::vmm::Vmm;
 use crate::{fault, hand_over, plan, prefetch};
 
-/// Ended restores that are remembered.
-const REMEMBERED_RESTORES: usize = 256;
 /// VMs that are given all their memory at the same time when the server stops.
 const HAND_OVERS_AT_ONCE: usize = 4;
 /// Longest path of a Unix socket.
@@ -124,7 +123,7 @@ struct Shared {
     acceptor: Acceptor,
     sockets: Mutex<HashMap<PathBuf, u64>>,
     next_restore: AtomicU64,
-    restores: Mutex<VecDeque<Arc<Restore>>>,
+    history: Mutex<History>,
 }
 
 impl Server {
@@ -138,7 +137,7 @@ impl Server {
             acceptor: Acceptor::new().map_err(system)?,
             sockets: Mutex::default(),
             next_restore: AtomicU64::new(0),
-            restores: Mutex::default(),
+            history: Mutex::default(),
         });
         let (engine, accepting) = (shared.engine.clone(), shared.clone());
         let faults = std::thread::Builder::new().name("faults".into());
@@ -190,13 +189,19 @@ impl Server {
 
     /// All restores in service, and the last that ended; oldest first.
     pub fn restores(&self) -> Vec<RestoreReport> {
-        self.shared.restores.lock().iter().map(|restore| restore.report()).collect()
+        self.shared.history.lock().restores().map(|restore| restore.report()).collect()
+    }
+
+    /// What all restores since the start come to.
+    pub fn totals(&self) -> Totals {
+        let oldest_fault = self.shared.engine.oldest_fault();
+        Totals { oldest_fault, ..self.shared.history.lock().totals() }
     }
 
     /// What a restore did when, and what it did in all.
     pub fn timeline(&self, id: u64) -> Option<(RestoreReport, Timeline)> {
-        let restores = self.shared.restores.lock();
-        let restore = restores.iter().find(|restore| restore.id == id)?;
+        let history = self.shared.history.lock();
+        let restore = history.restores().find(|restore| restore.id == id)?;
         Some((restore.report(), restore.timeline.timeline()))
     }
 
@@ -294,7 +299,7 @@ impl Shared {
         if let Some(set) = &set {
             plan::note(&restore, set, file);
         }
-        self.remember(restore.clone());
+        self.history.lock().remember(restore.clone());
         let per_unit = layout.pages_per_unit();
         let planned = set.as_ref().map(|set| prefetch::planned_units(set, file, per_unit, units));
         let vm = Arc::new(Vm {
@@ -310,7 +315,7 @@ impl Shared {
             set: set.clone(),
         });
         if let Err(error) = self.engine.add(&vm) {
-            vm.kill(&format!("it cannot be watched: {error}"));
+            vm.kill(Cause::Kernel, &format!("it cannot be watched: {error}"));
             return Err(socket_error(error));
         }
         match set {
@@ -319,17 +324,6 @@ impl Shared {
             None => {}
         }
         Ok(())
-    }
-
-    fn remember(&self, restore: Arc<Restore>) {
-        let mut restores = self.restores.lock();
-        restores.push_back(restore);
-        let ended = restores.iter().filter(|restore| restore.has_ended()).count();
-        if ended > REMEMBERED_RESTORES
-            && let Some(oldest) = restores.iter().position(|restore| restore.has_ended())
-        {
-            restores.remove(oldest);
-        }
     }
 
     /// Gives a VM all its memory and lets it go; `false` if it had to be ended.
@@ -343,7 +337,7 @@ impl Shared {
             return true;
         }
         if let Err(why) = &outcome {
-            vm.kill(&format!("the daemon stops and {why}"));
+            vm.kill(Cause::Stop, &format!("the daemon stops and {why}"));
             wait_for_end(vm);
         }
         outcome.is_ok()

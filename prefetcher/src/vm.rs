@@ -13,7 +13,7 @@ use crate::layout::Layout;
 use crate::memory::{Ahead, GuestMemory};
 use crate::page_state::Bitmap;
 use crate::recording::Recording;
-use crate::report::{End, Restore};
+use crate::report::{Cause, End, Restore};
 use crate::uffd::{MemoryEvent, Uffd};
 use crate::vmm::Vmm;
 
@@ -112,13 +112,13 @@ impl Vm {
     /// read zeros, and no other may notice.
     pub(crate) fn guarded(&self, act: impl FnOnce()) {
         if catch_unwind(AssertUnwindSafe(act)).is_err() {
-            self.kill("serving it panicked; this is a bug");
+            self.kill(Cause::Bug, "serving it panicked; this is a bug");
         }
     }
 
     /// Ends the VMM because it cannot be served. The reason is logged and shown once.
-    pub(crate) fn kill(&self, reason: &str) {
-        if !self.restore.finish(End::Killed(reason.to_owned())) {
+    pub(crate) fn kill(&self, cause: Cause, reason: &str) {
+        if !self.restore.finish(End::Killed { cause, reason: reason.to_owned() }) {
             return;
         }
         let (id, pid) = (self.restore.id, self.vmm.pid());

@@ -51,6 +51,8 @@ pub struct Connection {
     pub url: String,
     /// Where its credentials come from.
     pub credentials: String,
+    /// When they expire, in seconds since 1970, where that is known.
+    pub credentials_expire_unix: Option<i64>,
     /// Answers that meant "slow down".
     pub throttled_answers: u64,
     /// Prefetch requests that may be in flight now.
@@ -231,6 +233,7 @@ impl Objects {
         Connection {
             url: self.url.clone(),
             credentials: self.credentials.describe(),
+            credentials_expire_unix: self.credentials.expire_unix(),
             throttled_answers,
             prefetch_requests,
             other_requests,

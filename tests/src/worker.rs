@@ -46,6 +46,19 @@ fn succeeded(what: &str, output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// The sum of a metric's samples whose labels have `part`, of what [`Worker::metrics`] answers.
+pub fn metric(metrics: &str, name: &str, part: &str) -> Result<f64> {
+    let samples = metrics.lines().filter_map(|line| {
+        let (sample, value) = line.rsplit_once(' ')?;
+        let labels = sample.strip_prefix(name)?;
+        let is_it = labels.is_empty() || labels.starts_with('{');
+        (is_it && labels.contains(part)).then_some(value)
+    });
+    let values: Vec<f64> = samples.map(str::parse).collect::<Result<_, _>>()?;
+    anyhow::ensure!(!values.is_empty(), "there is no {name} with {part}");
+    Ok(values.iter().sum())
+}
+
 /// A running `reapd`, ended and unmounted on drop.
 pub struct Worker {
     child: Child,
@@ -127,6 +140,12 @@ impl Worker {
             .output()?;
         succeeded(&format!("reapd {command}"), &output)?;
         Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// What it has counted, as Prometheus reads it.
+    pub fn metrics(&self) -> Result<String> {
+        let text = self.ask("metrics", &[])?;
+        Ok(text.as_str().context("metrics are a text")?.to_owned())
     }
 
     /// Prepares a snapshot; answers with its paths.

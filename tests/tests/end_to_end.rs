@@ -27,6 +27,8 @@ mod golden;
 mod killed;
 #[path = "end_to_end/learning.rs"]
 mod learning;
+#[path = "end_to_end/metrics.rs"]
+mod metrics;
 #[path = "end_to_end/proxy.rs"]
 mod proxy;
 #[path = "end_to_end/remote.rs"]

@@ -5,6 +5,7 @@ mod arguments;
 mod client;
 mod kept;
 mod learner;
+mod metrics;
 mod prepared;
 mod run;
 
@@ -54,6 +55,10 @@ fn dispatch(arguments: &Arguments) -> Result<()> {
             });
             print(arguments.json, &all, &text)
         }
+        Command::Metrics { daemon } => {
+            let text = on_runtime(client::text(&daemon.run_dir, Method::GET, "/metrics", None))?;
+            print(arguments.json, &Value::String(text.clone()), &text)
+        }
         Command::Release { daemon, name, profile } => {
             let body = json!({ "profile": profile });
             let answer = ask(&daemon.run_dir, Method::DELETE, &snapshot_path(name), Some(body))?;
@@ -82,8 +87,12 @@ fn ask(
     path: &str,
     body: Option<Value>,
 ) -> Result<Value> {
+    on_runtime(client::request(run_dir, method, path, body))
+}
+
+fn on_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(client::request(run_dir, method, path, body))
+    runtime.block_on(work)
 }
 
 fn print(json: bool, value: &Value, text: &str) -> Result<()> {

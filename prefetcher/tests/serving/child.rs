@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use reap_prefetcher::{End, Mode, ServerConfig};
+use reap_prefetcher::{Cause, End, Mode, ServerConfig};
 use reap_vmm::PretendVm;
 
 use crate::{Fixture, whole};
@@ -143,7 +143,9 @@ fn a_page_that_cannot_be_had_ends_the_vmm_with_the_reason() {
     assert_eq!(vmm.check(500, 1000), None, "it neither hangs nor reads anything");
     assert!(vmm.ends_within(Duration::from_secs(5)));
     let report = fixture.wait_for(|report| report.end.is_some());
-    let Some(End::Killed(reason)) = report.end else { panic!("{report:?}") };
+    let Some(End::Killed { cause: Cause::Unservable, reason }) = report.end else {
+        panic!("{report:?}")
+    };
     assert!(reason.contains("does not match") || reason.contains("decompress"), "{reason}");
 }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use reap_prefetcher::{End, Mode, ServerConfig};
+use reap_prefetcher::{Cause, End, Mode, ServerConfig};
 
 use crate::child::VmmProcess;
 use crate::{Fixture, whole};
@@ -48,7 +48,7 @@ fn a_panic_while_a_vm_is_served_ends_that_vm() {
     assert_eq!(other.check(0, 500).as_deref(), Some("right"));
     assert!(hit.ends_within(Duration::from_secs(10)));
     let first = fixture.server.restores().remove(0);
-    let Some(End::Killed(reason)) = first.end else { panic!("{first:?}") };
+    let Some(End::Killed { cause: Cause::Bug, reason }) = first.end else { panic!("{first:?}") };
     assert!(reason.contains("panicked"), "{reason}");
     assert_eq!(other.check(500, 1000).as_deref(), Some("right"));
 }

@@ -65,6 +65,13 @@ impl Credentials {
         }
     }
 
+    /// When they expire, in seconds since 1970, where that is known.
+    pub(super) fn expire_unix(&self) -> Option<i64> {
+        let text = self.shared_file()?.state.lock().keys.expires.clone()?;
+        let at = chrono::DateTime::parse_from_rfc3339(&text).ok()?;
+        Some(at.timestamp())
+    }
+
     /// Where they come from, for people.
     pub(super) fn describe(&self) -> String {
         match self {

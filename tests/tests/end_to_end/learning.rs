@@ -10,7 +10,7 @@ const PAGES: usize = 2048;
 
 impl Fixture {
     /// A store with the snapshot `f`, and its memory file.
-    fn with_snapshot() -> Result<(Self, String)> {
+    pub(super) fn with_snapshot() -> Result<(Self, String)> {
         let fixture = Self::new()?;
         let memory = fixture.memory_file("memory", (PAGES * 4096) >> 20)?;
         reap_pack_json(&fixture.url, &["pack", "--name", "f", "--memory", &memory])?;
@@ -27,7 +27,11 @@ impl Fixture {
         lines.map(|line| Ok(line.split(' ').next().context("a page")?.parse()?)).collect()
     }
 
-    fn write_trace(&self, name: &str, pages: impl Iterator<Item = u64>) -> Result<String> {
+    pub(super) fn write_trace(
+        &self,
+        name: &str,
+        pages: impl Iterator<Item = u64>,
+    ) -> Result<String> {
         let text: String = pages.map(|page| format!("{page}\n")).collect();
         let path = self.path(name);
         fs::write(&path, text)?;
@@ -37,14 +41,19 @@ impl Fixture {
 
 /// A start of a pretend VMM, in a process of its own, which checks every byte it touches; answers with
 /// what the daemon says of it when it is over.
-fn start(worker: &Worker, memory: &str, trace: &str, socket: &str) -> Result<serde_json::Value> {
+pub(super) fn start(
+    worker: &Worker,
+    memory: &str,
+    trace: &str,
+    socket: &str,
+) -> Result<serde_json::Value> {
     let arguments = ["touch", memory, trace, "socket", socket];
     let output = Command::new(program("reap-bench")?).args(arguments).output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     worker.wait_for_restore(|restore| !restore["end"].is_null())
 }
 
-fn socket(prepared: &serde_json::Value) -> Result<String> {
+pub(super) fn socket(prepared: &serde_json::Value) -> Result<String> {
     Ok(prepared["uffd"].as_str().context("a socket")?.to_owned())
 }
 

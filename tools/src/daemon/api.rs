@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
 use axum::{Json, Router};
@@ -11,6 +12,7 @@ use reap_store::{Error, ErrorKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::metrics;
 use super::prepared::{Daemon, PrepareMode, Use};
 
 /// Longest request body.
@@ -22,15 +24,23 @@ pub(super) fn router(daemon: Arc<Daemon>) -> Router {
         .route("/snapshots", get(list))
         .route("/snapshots/{name}", put(prepare).delete(release))
         .route("/cache", get(cache))
+        .route("/metrics", get(metrics))
         .route("/restores", get(restores))
         .route("/store", get(store))
         .route("/restores/{id}/settle", put(settle))
         .route("/restores/{id}/timeline", get(timeline))
-        .fallback(|| async {
-            Failure(Error::not_found("the path", "there is no such route")).into_response()
-        })
+        .fallback(no_route)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(daemon)
+}
+
+/// The metrics alone, for those who may not have the rest.
+pub(super) fn metrics_router(daemon: Arc<Daemon>) -> Router {
+    Router::new().route("/metrics", get(metrics)).fallback(no_route).with_state(daemon)
+}
+
+async fn no_route() -> Failure {
+    Failure(Error::not_found("the path", "there is no such route"))
 }
 
 /// The body of a prepare call; without one the mode is `auto`, and the profile the usual one.
@@ -100,6 +110,10 @@ pub(super) fn kind_of(status: StatusCode) -> ErrorKind {
 
 async fn list(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
     Json(json!(daemon.snapshots()))
+}
+
+async fn metrics(State(daemon): State<Arc<Daemon>>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::text(daemon))
 }
 
 async fn restores(State(daemon): State<Arc<Daemon>>) -> Json<Value> {

@@ -53,6 +53,12 @@ pub enum Command {
         #[arg(long, value_name = "RESTORE")]
         timeline: Option<u64>,
     },
+    /// Print what the running daemon has counted, as Prometheus reads it
+    Metrics {
+        /// Where the daemon runs
+        #[command(flatten)]
+        daemon: RunDir,
+    },
     /// Stop accepting VMs for a snapshot; VMs that run go on
     Release {
         /// Where the daemon runs
@@ -102,6 +108,10 @@ pub struct Run {
     /// Directory of the sockets and of `ready`, made if it is not there
     #[arg(long, value_name = "DIR", env = "REAP_RUN_DIR", default_value = "/run/reap")]
     pub run_dir: PathBuf,
+    /// Serve the metrics for Prometheus here too, at /metrics, by HTTP; nothing else is served there. They
+    /// tell how many VMs start and how fast, and nothing of what is in them. Default: only on the API's socket
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Prepare this snapshot before `ready` appears; may be given several times
     #[arg(long, value_name = "NAME")]
     pub prepare: Vec<String>,

@@ -13,14 +13,28 @@ use serde_json::Value;
 /// Longest answer that is read: some 10,000 restores.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
 
-/// Sends a request; answers with the body. An answer that is not a success is an error with the
-/// daemon's own line.
+/// Sends a request; answers with the body, which is JSON.
 pub(super) async fn request(
     run_dir: &Path,
     method: Method,
     path: &str,
     body: Option<Value>,
 ) -> Result<Value> {
+    let text = text(run_dir, method, path, body).await?;
+    match text.is_empty() {
+        true => Ok(Value::Null),
+        false => serde_json::from_str(&text).context("the daemon's answer is not JSON"),
+    }
+}
+
+/// Sends a request; answers with the body. An answer that is not a success is an error with the
+/// daemon's own line.
+pub(super) async fn text(
+    run_dir: &Path,
+    method: Method,
+    path: &str,
+    body: Option<Value>,
+) -> Result<String> {
     let socket = run_dir.join("api.sock");
     let stream = tokio::net::UnixStream::connect(&socket).await.map_err(|error| {
         let text = format!(
@@ -42,16 +56,13 @@ pub(super) async fn request(
     let status = response.status();
     let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES);
     let bytes = body.collect().await.map_err(|error| anyhow!("the daemon's answer: {error}"))?;
-    let bytes = bytes.to_bytes();
     connection.abort();
-    let value: Value = match bytes.is_empty() {
-        true => Value::Null,
-        false => serde_json::from_slice(&bytes).context("the daemon's answer is not JSON")?,
-    };
+    let text = String::from_utf8(bytes.to_bytes().into()).context("the daemon's answer")?;
     if status.is_success() {
-        return Ok(value);
+        return Ok(text);
     }
-    let message = value["error"].as_str().unwrap_or("the daemon refused").to_owned();
+    let answer: Value = serde_json::from_str(&text).unwrap_or_default();
+    let message = answer["error"].as_str().unwrap_or("the daemon refused").to_owned();
     let kind = super::api::kind_of(status);
     Err(Error::new(kind, "reapd", message).into())
 }

@@ -1,5 +1,6 @@
 //! `reapd run`: start, serve, stop.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use anyhow::Result;
 use reap_fs::{Mount, MountConfig, MountError, StopOutcome, is_under};
 use reap_prefetcher::{Server, ServerConfig};
 use reap_store::{Error, Name, Node, NodeConfig, Profile};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::arguments::Run;
@@ -69,7 +70,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     let mount_path = mount.path().to_owned();
     let limit = arguments.working_set_size;
     let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets, limit));
-    let served = node.block_on(serve(&daemon, &run_dir, names));
+    let served = node.block_on(serve(&daemon, &run_dir, names, arguments.metrics));
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
     served
@@ -170,7 +171,12 @@ impl Drop for RunDir {
     }
 }
 
-async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Result<()> {
+async fn serve(
+    daemon: &Arc<Daemon>,
+    run_dir: &RunDir,
+    names: Vec<Name>,
+    metrics: Option<SocketAddr>,
+) -> Result<()> {
     // Before anything is ready: a signal that comes early ends us cleanly too.
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -181,6 +187,10 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
     let listener = UnixListener::bind(&api).map_err(|error| Error::local(api.display(), error))?;
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     std::fs::set_permissions(&api, private)?;
+    let serving_metrics = match metrics {
+        Some(address) => Some(metrics_service(daemon, address).await?),
+        None => None,
+    };
     let ready = async {
         let prepare = async {
             for name in names {
@@ -195,12 +205,31 @@ async fn serve(daemon: &Arc<Daemon>, run_dir: &RunDir, names: Vec<Name>) -> Resu
         Ok::<_, anyhow::Error>(())
     };
     let serving = axum::serve(listener, super::api::router(daemon.clone()));
-    tokio::select! {
-        served = async { tokio::try_join!(ready, async { Ok(serving.await?) }) } => {
-            served.map(|_| ())
+    let serving_metrics = async {
+        match serving_metrics {
+            Some(serving) => Ok(serving.await?),
+            None => Ok(()),
         }
+    };
+    let serving = async { Ok(serving.await?) };
+    tokio::select! {
+        served = async { tokio::try_join!(ready, serving, serving_metrics) } => served.map(|_| ()),
         () = ended => Ok(()),
     }
+}
+
+/// Listens at `address`; what comes of it serves the metrics there.
+async fn metrics_service(
+    daemon: &Arc<Daemon>,
+    address: SocketAddr,
+) -> Result<axum::serve::Serve<TcpListener, axum::Router, axum::Router>, Error> {
+    let local = |error: std::io::Error| {
+        Error::local(format!("{address} (--metrics)"), format!("{error}: choose another address"))
+    };
+    let listener = TcpListener::bind(address).await.map_err(local)?;
+    let address = listener.local_addr().map_err(local)?;
+    tracing::info!("metrics at http://{address}/metrics");
+    Ok(axum::serve(listener, super::api::metrics_router(daemon.clone())))
 }
 
 /// VMs get their memory before the mount goes, because what they lack comes from the same store.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use reap_tests::pretend::PretendVmm;
 use reap_tests::proxy::{Fault, Operation, Plan, Proxy, Rule, server_in};
 use reap_tests::servers::StandIn;
-use reap_tests::worker::{Worker, reap_pack_command};
+use reap_tests::worker::{Worker, metric, reap_pack_command};
 use reap_vmm::true_memory;
 
 use super::{FULL, PAGES, Served};
@@ -162,10 +162,15 @@ fn all_end(vmms: &mut [PretendVmm], what: &str) -> Result<()> {
 
 fn each_has_a_reason(worker: &Worker, count: usize) -> Result<()> {
     let restores = worker.ask("status", &[])?["restores"].as_array().cloned().unwrap_or_default();
-    let reasons = restores.iter().filter_map(|restore| restore["end"]["killed"].as_str());
+    let reasons = restores.iter().filter_map(|restore| restore["end"]["killed"]["reason"].as_str());
     let stated = reasons.filter(|reason| reason.len() > 20).count();
     ensure!(stated == count, "{stated} reasons: {restores:?}");
     let said = worker.log().matches("is killed: ").count();
     ensure!(said == count, "{said} reasons in the log");
+    let metrics = worker.metrics()?;
+    let counted = ["deadline", "unservable"]
+        .map(|cause| metric(&metrics, "reap_restores_killed_total", &format!("cause=\"{cause}\"")));
+    let counted: f64 = counted.into_iter().sum::<Result<f64>>()?;
+    ensure!(counted == count as f64, "{counted} in the metrics");
     Ok(())
 }
