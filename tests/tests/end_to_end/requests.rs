@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use reap_store::{FrameIndex, Node, NodeConfig, Urgency};
+use reap_tests::lab::{Backend, Lab, READS_ITS_DISK, Snapshot};
 use reap_tests::pretend::PretendVmm;
 use reap_tests::proxy::{Delay, Draws, Entry, Operation, Plan, Proxy, Shape, rounds, server_in};
 use reap_tests::servers::Moto;
@@ -339,6 +340,68 @@ fn a_snapshot_is_read_in_long_requests() -> Result<()> {
     ensure!(fs::read(node.mount().join("snapshots/f/memory"))? == pages(16_384, 1), "other bytes");
     gets("through the mount")?;
     node.stop()
+}
+
+/// Restores a guest on a node that has seen nothing, its disk from there too or from the file `disk`; answers
+/// with the rounds of requests between its handshake and its answer.
+fn rounds_of_a_guest(
+    behind: &Behind,
+    guest: &mut GuestFiles,
+    node: &str,
+    profile: &str,
+    disk: Option<&Path>,
+) -> Result<usize> {
+    let worker = behind.node_with(node, &["--settle", "1"])?;
+    let arguments = ["f", "--mode", "auto", "--profile", profile];
+    let prepared = worker.ask("prepare", &arguments)?;
+    let mounted = prepared["disks"]["disk"].as_str().context("a disk")?;
+    guest.snapshot.disk = disk.map_or_else(|| PathBuf::from(mounted), Path::to_owned);
+    let socket = prepared["uffd"].as_str().context("a socket")?.into();
+    behind.slow_down(30);
+    let mut restored = guest.lab.restore(&guest.snapshot, &Backend::Uffd { socket })?;
+    ensure!(restored.request("one")?.line == guest.answer, "another answer");
+    let rounds = rounds(&behind.proxy.requests());
+    behind.proxy.follow(Plan::default());
+    drop(restored);
+    let restore = worker.wait_for_restore(|restore| !restore["end"].is_null())?;
+    if restore["mode"] == "record" {
+        worker.wait_for_published(&format!("f,{profile}"), 1)?;
+    }
+    worker.stop()?;
+    Ok(rounds)
+}
+
+/// A real guest, and what it answered before it was packed.
+struct GuestFiles {
+    lab: Lab,
+    snapshot: Snapshot,
+    answer: String,
+}
+
+#[test]
+fn what_a_guest_reads_of_its_disk_after_a_restore_is_brought_ahead_too() -> Result<()> {
+    let behind = Behind::start()?;
+    let lab = Lab::open()?;
+    let mut guest = lab.boot(READS_ITS_DISK, 256, &behind.path("guest"))?;
+    let answer = guest.request("one")?.line;
+    let snapshot = guest.snapshot(&behind.path("guest"))?;
+    let disk = snapshot.disk.clone();
+    let memory = snapshot.memory.display().to_string();
+    let state = snapshot.state.display().to_string();
+    let named = format!("disk={}", disk.display());
+    let files = ["--memory", &memory, "--state", &state, "--disk", &named];
+    behind.pack_command(&[&["pack", "--name", "f"], &files[..]].concat())?;
+    let mut guest = GuestFiles { lab, snapshot, answer };
+
+    // One profile is recorded with its disk out of our sight, the other with all of it.
+    rounds_of_a_guest(&behind, &mut guest, "one", "blind", Some(&disk))?;
+    rounds_of_a_guest(&behind, &mut guest, "two", "all", None)?;
+    let blind = rounds_of_a_guest(&behind, &mut guest, "three", "blind", None)?;
+    let all = rounds_of_a_guest(&behind, &mut guest, "four", "all", None)?;
+    println!("rounds until the answer: {blind} with memory brought ahead, {all} with the disk too");
+    ensure!(blind >= 12, "{blind} rounds for the disk: this shows nothing");
+    ensure!(all * 2 <= blind, "{all} rounds with a disk that is brought ahead, {blind} without");
+    Ok(())
 }
 
 #[test]
