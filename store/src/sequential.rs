@@ -148,6 +148,10 @@ impl Progress {
 mod tests {
     use super::*;
 
+    fn once(step: Range<u64>) -> Vec<Range<u64>> {
+        vec![step]
+    }
+
     /// Follows `reads`, each step `step` pages long; answers with what was brought.
     fn follow(reads: &[Range<u64>], step: u64) -> Vec<Range<u64>> {
         let (mut progress, mut brought) = (Progress::default(), Vec::new());
@@ -177,7 +181,7 @@ mod tests {
     fn a_reader_from_front_to_back_soon_has_two_steps_ahead() {
         let reads: Vec<_> = (0..40).map(|number| number * 32..(number + 1) * 32).collect();
         assert_eq!(follow(&reads[..2], 256), []);
-        assert_eq!(follow(&reads[..3], 256), [96..352]);
+        assert_eq!(follow(&reads[..3], 256), once(96..352));
         assert_eq!(follow(&reads[..7], 256), [96..352, 352..608], "half of the first is read");
         assert_eq!(follow(&reads[..11], 256).len(), 3, "the second step is begun");
         assert_eq!(follow(&reads, 256).last(), Some(&(1376..1632)));
@@ -186,7 +190,7 @@ mod tests {
     #[test]
     fn one_long_read_brings_nothing() {
         assert_eq!(follow(std::slice::from_ref(&(0..256)), 256), []);
-        assert_eq!(follow(&[0..256, 256..512], 256), [512..768]);
+        assert_eq!(follow(&[0..256, 256..512], 256), once(512..768));
     }
 
     #[test]
@@ -217,9 +221,9 @@ mod tests {
     fn whoever_jumps_is_not_believed_so_soon_again() {
         let block = |number: u64| (0..8).map(move |read| number * 7919 * 256 + read * 32);
         let blocks: Vec<_> = (0..50).flat_map(block).map(|at| at..at + 32).collect();
-        assert_eq!(follow(&blocks, 1024), [96..1120], "once, and never again");
+        assert_eq!(follow(&blocks, 1024), once(96..1120), "once, and never again");
         let on: Vec<_> = (0..19).map(|read| 90_000 + read * 32..90_032 + read * 32).collect();
         let all = [&blocks[..8], &on].concat();
-        assert_eq!(follow(&all, 1024)[1..], [90_544..91_568], "after 2 MiB");
+        assert_eq!(follow(&all, 1024)[1..], once(90_544..91_568), "after 2 MiB");
     }
 }
