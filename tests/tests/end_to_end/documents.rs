@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 fn files(under: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Result<()> {
     for entry in std::fs::read_dir(under)? {
@@ -20,7 +20,27 @@ fn files(under: &Path, ending: &str, found: &mut Vec<PathBuf>) -> Result<()> {
 /// Names of tests are sentences: four words at least.
 fn is_a_test(word: &str) -> bool {
     let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    word.matches('_').count() >= 4 && word.chars().all(letter)
+    word.matches('_').count() >= 4 && word.chars().all(letter) && !is_a_metric(word)
+}
+
+fn is_a_metric(word: &str) -> bool {
+    word.starts_with("reap_")
+}
+
+/// Names of metrics in `docs/OPERATIONS.md`: without their labels, and each that braces in the middle stand for.
+pub(super) fn metrics() -> Result<BTreeSet<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("docs/OPERATIONS.md"))?;
+    let mut names = BTreeSet::new();
+    for word in text.split('`').skip(1).step_by(2).filter(|word| is_a_metric(word)) {
+        let (name, rest) = word.split_once('{').unwrap_or((word, "}"));
+        let (choices, end) = rest.split_once('}').context("a brace that is open")?;
+        match end {
+            "" => drop(names.insert(name.to_owned())),
+            _ => names.extend(choices.split(',').map(|choice| format!("{name}{choice}{end}"))),
+        }
+    }
+    Ok(names)
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What a daemon counts, as Prometheus reads it.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
@@ -40,6 +41,7 @@ fn what_restores_come_to_is_counted_for_prometheus() -> Result<()> {
     is("reap_restores_killed_total", "", 0.0)?;
     is("reap_restores_running", "", 0.0)?;
     is("reap_prepared_snapshots", "", 1.0)?;
+    is("reap_build_info", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1.0)?;
     is("reap_oldest_fault_seconds", "", 0.0)?;
     for (name, keys) in [
         ("planned", ["planned_pages", "planned_zero_pages"]),
@@ -50,6 +52,18 @@ fn what_restores_come_to_is_counted_for_prometheus() -> Result<()> {
         ensure!(wanted > 0.0, "no pages were {name}: this shows nothing");
         is(&format!("reap_prefetch_{name}_pages_total"), "", wanted)?;
     }
+
+    // What is counted is documented, and the other way round; a local store has neither a cache on disk nor
+    // credentials.
+    let documented = super::documents::metrics()?;
+    let helps = metrics.lines().filter_map(|line| line.strip_prefix("# HELP "));
+    let there: BTreeSet<String> =
+        helps.filter_map(|line| Some(line.split(' ').next()?.to_owned())).collect();
+    let unknown: Vec<_> = there.difference(&documented).collect();
+    ensure!(there.len() > 30 && unknown.is_empty(), "not documented: {unknown:?}");
+    let not_here = |name: &&String| name.contains("_cache_") || name.contains("_credentials_");
+    let missing: Vec<_> = documented.difference(&there).filter(|name| !not_here(name)).collect();
+    ensure!(missing.is_empty(), "documented, and not counted: {missing:?}");
 
     // Every fault is in one bucket, and the last one has all.
     let faults = metric(&metrics, "reap_fault_seconds_count", "")?;

@@ -43,8 +43,9 @@ impl std::fmt::Debug for Counted {
 impl Collector for Counted {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), FormatError> {
         let mut out = Writer(encoder);
-        let version = ("version", env!("CARGO_PKG_VERSION"));
-        out.gauges("build", "The running version", [([version], 1)])?;
+        out.family("build", "The running version", MetricType::Info, |mut out| {
+            out.encode_info(&[("version", env!("CARGO_PKG_VERSION"))])
+        })?;
         self.write_restores(&mut out)?;
         self.write_node(&mut out)?;
         self.write_store(&mut out)
@@ -225,19 +226,6 @@ impl Writer<'_> {
         ConstGauge<N>: EncodeMetric,
     {
         self.family(name, help, MetricType::Gauge, |out| ConstGauge::new(value).encode(out))
-    }
-
-    fn gauges<const LABELS: usize>(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = (Labels<LABELS>, u64)>,
-    ) -> Result<(), FormatError> {
-        self.family(name, help, MetricType::Gauge, |mut out| {
-            values.into_iter().try_for_each(|(labels, value)| {
-                ConstGauge::new(value).encode(out.encode_family(&labels)?)
-            })
-        })
     }
 
     fn counters<const LABELS: usize>(
