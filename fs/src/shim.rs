@@ -28,7 +28,7 @@ use crate::tree::{
 const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// Names move.
 const NAME_TTL: Duration = Duration::from_secs(1);
-/// Reads ahead that the kernel may have on their way: 64 MiB at 1 MiB each.
+/// Reads ahead that the kernel may have on their way, of all readers: 8 MiB at 128 KiB each.
 const MAX_BACKGROUND: u16 = 64;
 
 /// A name in a listing.
