@@ -15,7 +15,7 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use reap_store::{Error, Name, Node, PAGE_SIZE, SequentialReader, SnapshotId};
+use reap_store::{Error, Name, Node, SequentialReader, SnapshotId};
 
 use crate::errno;
 use crate::poison::Poison;
@@ -46,7 +46,7 @@ pub(crate) struct Shim {
 struct State {
     inodes: Inodes,
     listings: Mutex<HashMap<u64, Arc<Vec<Listed>>>>,
-    /// Of open files. One whose handle is not known, as after a restart of ours, is read all the same.
+    /// Of open files of a remote store. One whose handle is not known, as after a restart of ours, is read all the same.
     readers: Mutex<HashMap<u64, Arc<SequentialReader>>>,
     next_handle: AtomicU64,
 }
@@ -149,9 +149,7 @@ impl Shim {
             Some(Entry::File(snapshot, file)) => {
                 let reader = self.state.readers.lock().get(&handle).cloned();
                 if let Some(reader) = &reader {
-                    let page = PAGE_SIZE as u64;
-                    let end = offset.saturating_add(u64::from(size));
-                    reader.reads(offset / page..end.div_ceil(page));
+                    reader.reads(offset, size);
                 }
                 read(&snapshot, file, offset, size, move |bytes| match bytes {
                     Ok(bytes) => reply.data(bytes),
@@ -357,8 +355,9 @@ impl Filesystem for Shim {
             match self.state.inodes.get(ino.0) {
                 Some(Entry::File(snapshot, file)) => {
                     let handle = self.state.new_handle();
-                    let reader = Arc::new(SequentialReader::new(snapshot, file));
-                    self.state.readers.lock().insert(handle, reader);
+                    if let Some(reader) = SequentialReader::new(snapshot, file) {
+                        self.state.readers.lock().insert(handle, Arc::new(reader));
+                    }
                     reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
                 }
                 Some(_) => reply.error(Errno::EISDIR),

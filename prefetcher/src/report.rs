@@ -30,7 +30,7 @@ pub enum End {
 
 /// Why a VMM is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(into = "&'static str")]
 pub enum Cause {
     /// A fault was not served by its deadline.
     Deadline,
@@ -51,7 +51,7 @@ impl Cause {
     pub(crate) const ALL: [Self; 6] =
         [Self::Deadline, Self::Unservable, Self::Protocol, Self::Kernel, Self::Stop, Self::Bug];
 
-    /// Its name, as in JSON.
+    /// Its name, in JSON and in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Deadline => "deadline",
@@ -61,6 +61,12 @@ impl Cause {
             Self::Stop => "stop",
             Self::Bug => "bug",
         }
+    }
+}
+
+impl From<Cause> for &'static str {
+    fn from(cause: Cause) -> Self {
+        cause.name()
     }
 }
 

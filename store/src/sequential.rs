@@ -58,22 +58,22 @@ impl Default for Progress {
 }
 
 impl SequentialReader {
-    /// For somebody who begins to read file number `file` of `snapshot`.
-    pub fn new(snapshot: Arc<Snapshot>, file: usize) -> Self {
-        Self { snapshot, file, progress: Mutex::default() }
+    /// For somebody who begins to read file number `file` of `snapshot`. `None` where nothing is gained: a local store is
+    /// read in place, without round trips.
+    pub fn new(snapshot: Arc<Snapshot>, file: usize) -> Option<Self> {
+        let is_local = snapshot.fetcher().is_local();
+        (!is_local).then(|| Self { snapshot, file, progress: Mutex::default() })
     }
 
-    /// These pages are going to be read. Call it before they are answered, or whoever reads backwards may seem to read on.
-    pub fn reads(&self, pages: Range<u64>) {
-        self.progress.lock().reads(pages);
+    /// `length` bytes from `offset` on are going to be read. Call it before they are answered, or whoever reads backwards
+    /// may seem to read on.
+    pub fn reads(&self, offset: u64, length: u32) {
+        let end = offset.saturating_add(u64::from(length));
+        self.progress.lock().reads(offset / PAGE..end.div_ceil(PAGE));
     }
 
     /// Brings what will be read. Call it after what is read was asked for. Never waits.
     pub fn brings(&self) {
-        if self.snapshot.fetcher().is_local() {
-            // Read in place: there is no round trip to save.
-            return;
-        }
         let mut progress = self.progress.lock();
         while let Some(first) = progress.wanted() {
             let (frames, end) = self.step(first, progress.step_bytes);
