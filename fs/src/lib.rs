@@ -19,6 +19,7 @@
 
 mod errno;
 mod mount;
+mod opens;
 mod poison;
 mod read;
 mod shim;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,7 @@ pub struct Mount {
     path: PathBuf,
     poison: Arc<Poison>,
     invalidator: Option<JoinHandle<()>>,
+    passes_through: bool,
 }
 
 impl Mount {
@@ -75,6 +77,7 @@ impl Mount {
         let owner = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
         let poison = Arc::new(Poison::default());
         let shim = Shim::new(node, owner, poison.clone());
+        let passes_through = shim.passes_through.clone();
         let mut options = Config::default();
         options.mount_options = vec![
             MountOption::FSName(SOURCE.into()),
@@ -96,10 +99,14 @@ impl Mount {
         options.n_threads = Some(threads.clamp(2, MAX_THREADS));
         options.clone_fd = true;
         let fuse = |error| MountError::Fuse(path.clone(), error);
-        let session = Session::new(shim, &path, &options).map_err(fuse)?.spawn().map_err(fuse)?;
+        let session = Session::new(shim, &path, &options).map_err(fuse)?;
+        // The kernel has said hello. To name it a file is for root alone.
+        let passes_through = passes_through.load(Ordering::Relaxed) && owner.0 == 0;
+        let session = session.spawn().map_err(fuse)?;
         let notifier = session.notifier();
         // From here on a failure unmounts, because `mount` is dropped.
-        let mut mount = Self { session: Some(session), path, poison, invalidator: None };
+        let mut mount =
+            Self { session: Some(session), path, poison, invalidator: None, passes_through };
         let poison = mount.poison.clone();
         let invalidator = std::thread::Builder::new()
             .name("invalidate".into())
@@ -112,6 +119,12 @@ impl Mount {
     /// Where it is mounted, without symbolic links.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether reads of a file with a plain copy ([`reap_store::Snapshot::plain_copy`]) are handed on to it by the kernel: Linux 6.9
+    /// or later, and we are root.
+    pub fn passes_through(&self) -> bool {
+        self.passes_through
     }
 
     /// Unmounts. While somebody uses it, waits for up to `grace`, serving on; then takes it away.

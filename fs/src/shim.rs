@@ -5,19 +5,20 @@ use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    Request, TimeOrNow, WriteFlags,
+    BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
-use reap_store::{Error, Name, Node, SequentialReader, SnapshotId};
+use reap_store::{Error, Name, Node, PlainCopy, SequentialReader, Snapshot, SnapshotId};
 
 use crate::errno;
+use crate::opens::{Opens, Way};
 use crate::poison::Poison;
 use crate::read::{Seek, read, seek};
 use crate::tree::{
@@ -30,6 +31,8 @@ const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 const NAME_TTL: Duration = Duration::from_secs(1);
 /// Reads ahead that the kernel may have on their way, of all readers: 8 MiB at 128 KiB each.
 const MAX_BACKGROUND: u16 = 64;
+/// File systems on top of each other: this one, and the one of a plain copy.
+const STACK_DEPTH: u32 = 1;
 
 /// A name in a listing.
 type Listed = (u64, FileType, String);
@@ -39,7 +42,16 @@ pub(crate) struct Shim {
     pub(crate) node: Node,
     pub(crate) owner: (u32, u32),
     pub(crate) poison: Arc<Poison>,
+    /// Whether the kernel hands reads on to plain copies; known once it has said hello.
+    pub(crate) passes_through: Arc<AtomicBool>,
     state: Arc<State>,
+}
+
+/// A plain copy that the kernel reads, as it knows it.
+struct Backing {
+    id: BackingId,
+    #[expect(dead_code, reason = "its space is in use while the kernel reads it")]
+    copy: Arc<PlainCopy>,
 }
 
 #[derive(Default)]
@@ -48,6 +60,7 @@ struct State {
     listings: Mutex<HashMap<u64, Arc<Vec<Listed>>>>,
     /// Of open files of a remote store. One whose handle is not known, as after a restart of ours, is read all the same.
     readers: Mutex<HashMap<u64, Arc<SequentialReader>>>,
+    opens: Opens<Backing>,
     next_handle: AtomicU64,
 }
 
@@ -59,7 +72,7 @@ impl State {
 
 impl Shim {
     pub(crate) fn new(node: Node, owner: (u32, u32), poison: Arc<Poison>) -> Self {
-        Self { node, owner, poison, state: Arc::default() }
+        Self { node, owner, poison, passes_through: Arc::default(), state: Arc::default() }
     }
 
     /// Finds a snapshot on the runtime, and answers from there.
@@ -142,6 +155,48 @@ impl Shim {
                 Err(error) => reply.error(report(&error)),
             }
         });
+    }
+
+    fn open_file(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        file: usize,
+        ino: u64,
+        flags: OpenFlags,
+        reply: ReplyOpen,
+    ) {
+        let handle = self.state.new_handle();
+        let to_write = flags.0 & libc::O_ACCMODE != libc::O_RDONLY;
+        let backing = || {
+            let copy = snapshot.plain_copy(file)?;
+            match reply.open_backing(&*copy) {
+                Ok(id) => Some(Backing { id, copy }),
+                Err(error) => {
+                    tracing::error!(
+                        "inode {ino}: the kernel does not take its plain copy: {error}"
+                    );
+                    None
+                }
+            }
+        };
+        match self.state.opens.open(ino, to_write, backing) {
+            Way::Cached => {
+                if let Some(reader) = SequentialReader::new(snapshot.clone(), file) {
+                    self.state.readers.lock().insert(handle, Arc::new(reader));
+                }
+                reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+            }
+            // To keep what the page cache of the mount has of it would be refused by the kernel, and of no use.
+            Way::PassedThrough(backing) => {
+                reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing.id);
+            }
+            Way::Refused => {
+                tracing::warn!(
+                    "inode {ino}: not opened for writing, because its plain copy is in use: open it for reading, or prepare the snapshot without one"
+                );
+                reply.error(Errno::EROFS);
+            }
+        }
     }
 
     fn read_file(&self, ino: u64, handle: u64, offset: u64, size: u32, reply: ReplyData) {
@@ -238,6 +293,9 @@ impl Filesystem for Shim {
         // Reading ahead is left as the kernel has it: `docs/decisions/0002-mount-readahead.md`.
         let background = config.set_max_background(MAX_BACKGROUND);
         background.unwrap_or_default();
+        let passes_through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(STACK_DEPTH).is_ok();
+        self.passes_through.store(passes_through, Ordering::Relaxed);
         Ok(())
     }
 
@@ -354,11 +412,7 @@ impl Filesystem for Shim {
             }
             match self.state.inodes.get(ino.0) {
                 Some(Entry::File(snapshot, file)) => {
-                    let handle = self.state.new_handle();
-                    if let Some(reader) = SequentialReader::new(snapshot, file) {
-                        self.state.readers.lock().insert(handle, Arc::new(reader));
-                    }
-                    reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE);
+                    self.open_file(&snapshot, file, ino.0, flags, reply);
                 }
                 Some(_) => reply.error(Errno::EISDIR),
                 None => reply.error(Errno::ESTALE),
@@ -383,7 +437,7 @@ impl Filesystem for Shim {
     fn release(
         &self,
         _: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
         _: OpenFlags,
         _: Option<LockOwner>,
@@ -392,6 +446,7 @@ impl Filesystem for Shim {
     ) {
         guarded(|| {
             let reader = self.state.readers.lock().remove(&handle.0);
+            self.state.opens.close(ino.0);
             reply.ok();
             // It may be the last to hold its snapshot: outside the lock.
             drop(reader);

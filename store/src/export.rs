@@ -46,8 +46,8 @@ async fn write_files(
     progress: &mut (dyn FnMut(u64, u64) + Send),
 ) -> Result<(), Error> {
     let mut outputs = Vec::new();
-    for file in snapshot.files() {
-        let path = directory.join(&file.name);
+    for (file, description) in snapshot.files().iter().enumerate() {
+        let path = directory.join(&description.name);
         let local = |error: std::io::Error| Error::local(path.display(), error);
         let open = OpenFile::create_new(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
@@ -56,30 +56,49 @@ async fn write_files(
             _ => local(error),
         })?;
         written.push(path.clone());
-        open.set_len(file.size).map_err(local)?;
-        outputs.push(Output { file: open, path, bytes: file.size });
+        outputs.push(Output { file, open, path });
     }
-    let outputs = Arc::new(outputs);
-    let (frames, pieces) = plan(snapshot);
-    let pieces = Arc::new(pieces);
-    let (total, mut done) = (snapshot.files().iter().map(|file| file.size).sum(), 0);
+    let total: u64 = snapshot.files().iter().map(|file| file.size).sum();
     let data: u64 = (0..snapshot.files().len()).map(|file| snapshot.data_pages(file)).sum();
     // Holes are there from the start.
-    done += total - (data * PAGE_SIZE as u64).min(total);
-    for batch in batches(snapshot, &frames) {
-        done += write_batch(snapshot, batch, &pieces, &outputs).await?;
+    let mut done = total - (data * PAGE_SIZE as u64).min(total);
+    let outputs = write_data(snapshot, outputs, &mut |bytes| {
+        done += bytes;
         progress(done.min(total), total);
-    }
+        Ok(())
+    })
+    .await?;
     for output in outputs.iter() {
-        output.file.sync_data().map_err(|error| Error::local(output.path.display(), error))?;
+        output.open.sync_data().map_err(|error| Error::local(output.path.display(), error))?;
     }
     Ok(())
 }
 
-struct Output {
-    file: OpenFile,
-    path: PathBuf,
-    bytes: u64,
+/// Where a file of a snapshot is written to: an empty file.
+pub(crate) struct Output {
+    pub(crate) file: usize,
+    pub(crate) open: OpenFile,
+    /// For errors.
+    pub(crate) path: PathBuf,
+}
+
+/// Gives each output its length and its data; the rest stays holes. After each batch `wrote` gets its bytes, and may end it all.
+/// Nothing is synced.
+pub(crate) async fn write_data(
+    snapshot: &Arc<Snapshot>,
+    outputs: Vec<Output>,
+    wrote: &mut (dyn FnMut(u64) -> Result<(), Error> + Send),
+) -> Result<Arc<Vec<Output>>, Error> {
+    for output in &outputs {
+        let set = output.open.set_len(snapshot.files()[output.file].size);
+        set.map_err(|error| Error::local(output.path.display(), error))?;
+    }
+    let (frames, pieces) = plan(snapshot, outputs.iter().map(|output| output.file));
+    let (pieces, outputs) = (Arc::new(pieces), Arc::new(outputs));
+    for batch in batches(snapshot, &frames) {
+        wrote(write_batch(snapshot, batch, &pieces, &outputs).await?)?;
+    }
+    Ok(outputs)
 }
 
 /// Pages of a frame, and where they belong.
@@ -87,18 +106,22 @@ struct Output {
 struct Piece {
     position: u32,
     pages: u32,
-    file: usize,
+    /// By its number among the outputs.
+    output: usize,
     first_page: u64,
 }
 
-/// All frames in the order of their packs, and what becomes of each.
-fn plan(snapshot: &Snapshot) -> (Vec<FrameIndex>, HashMap<FrameIndex, Vec<Piece>>) {
+/// All frames of `files` in the order of their packs, and what becomes of each.
+fn plan(
+    snapshot: &Snapshot,
+    files: impl Iterator<Item = usize>,
+) -> (Vec<FrameIndex>, HashMap<FrameIndex, Vec<Piece>>) {
     let mut pieces: HashMap<FrameIndex, Vec<Piece>> = HashMap::new();
-    for (file, description) in snapshot.files().iter().enumerate() {
-        for (first_page, extent) in snapshot.extents(file, 0..description.page_count()) {
+    for (output, file) in files.enumerate() {
+        for (first_page, extent) in snapshot.extents(file, 0..snapshot.files()[file].page_count()) {
             if let Source::Frame { frame, position } = extent.source {
                 let pages = u32::try_from(extent.pages).unwrap_or(u32::MAX);
-                let piece = Piece { position, pages, file, first_page };
+                let piece = Piece { position, pages, output, first_page };
                 pieces.entry(frame).or_default().push(piece);
             }
         }
@@ -139,11 +162,12 @@ async fn write_batch(
     outputs: &Arc<Vec<Output>>,
 ) -> Result<u64, Error> {
     let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
-    let (pieces, outputs) = (pieces.clone(), outputs.clone());
+    let (pieces, outputs, of) = (pieces.clone(), outputs.clone(), snapshot.clone());
     snapshot.stream(batch.iter().copied(), move |index, frame| {
         let pieces = pieces.get(&index).map(Vec::as_slice).unwrap_or_default();
+        let written = frame.and_then(|frame| write(&of, &frame, pieces, &outputs));
         // A receiver that is gone has had its error.
-        sender.send(frame.and_then(|frame| write(&frame, pieces, &outputs))).unwrap_or_default();
+        sender.send(written).unwrap_or_default();
     });
     let mut bytes = 0;
     while let Some(written) = receiver.recv().await {
@@ -152,14 +176,20 @@ async fn write_batch(
     Ok(bytes)
 }
 
-fn write(frame: &Frame, pieces: &[Piece], outputs: &[Output]) -> Result<u64, Error> {
+fn write(
+    snapshot: &Snapshot,
+    frame: &Frame,
+    pieces: &[Piece],
+    outputs: &[Output],
+) -> Result<u64, Error> {
     let mut written = 0;
     for piece in pieces {
-        let output = &outputs[piece.file];
+        let output = &outputs[piece.output];
         let bytes = frame.pages(piece.position, piece.pages);
         let offset = piece.first_page * PAGE_SIZE as u64;
-        let inside = usize::try_from(output.bytes - offset).unwrap_or(usize::MAX).min(bytes.len());
-        let done = output.file.write_all_at(&bytes[..inside], offset);
+        let left = snapshot.files()[output.file].size - offset;
+        let inside = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+        let done = output.open.write_all_at(&bytes[..inside], offset);
         done.map_err(|error| Error::local(output.path.display(), error))?;
         written += inside as u64;
     }

@@ -20,11 +20,12 @@ use crate::format::keys;
 use crate::format::manifest::Manifest;
 use crate::format::record::Commit;
 use crate::objects::Connection;
+use crate::plain::PlainCopies;
 use crate::store::{ListedWorkingSet, Store};
 use crate::workers::Workers;
 use crate::{
-    Error, ErrorKind, Name, Profile, Snapshot, SnapshotId, WorkingSet, WorkingSetContent,
-    working_set,
+    Error, ErrorKind, Name, PlainCopiesStatus, PlainCopy, Profile, Snapshot, SnapshotId,
+    WorkingSet, WorkingSetContent, working_set,
 };
 pub use learn::Learned;
 pub(crate) use pin::Pin;
@@ -49,8 +50,10 @@ pub struct NodeConfig {
     /// Where short-lived readers of this machine keep their identities, if there is no
     /// `cache_dir`: the pins of one that was killed are cleared away by the next.
     pub readers_dir: Option<PathBuf>,
-    /// Bytes that the disk cache leaves free on its file system.
+    /// Bytes that the disk cache and plain copies leave free on their file system.
     pub disk_free_floor_bytes: u64,
+    /// Most bytes of plain copies, which are made in `cache_dir`.
+    pub plain_copies_bytes: u64,
     /// Most bytes of decoded frames kept in memory.
     pub memory_cache_bytes: u64,
     /// Most bytes in flight of all that is prefetched: stored bytes asked for, and decoded ones until whoever
@@ -67,6 +70,7 @@ impl NodeConfig {
             readers_dir: None,
             disk_cache_bytes: 0,
             disk_free_floor_bytes: 0,
+            plain_copies_bytes: 0,
             memory_cache_bytes: 64 << 20,
             prefetch_bytes: 256 << 20,
         }
@@ -83,6 +87,8 @@ struct Inner {
     id: SnapshotId,
     store: Store,
     fetcher: Fetcher,
+    /// Where there is a directory for them.
+    plain_copies: Option<PlainCopies>,
     snapshots: Mutex<HashMap<SnapshotId, Arc<Slot>>>,
     /// Of snapshots that nobody reads, not deleted yet.
     left_pins: Mutex<Vec<Pin>>,
@@ -154,11 +160,16 @@ impl Node {
             config.memory_cache_bytes,
             config.prefetch_bytes,
         );
+        let limits =
+            Limits { bytes: config.plain_copies_bytes, free_floor: config.disk_free_floor_bytes };
+        let plain_copies =
+            config.cache_dir.as_ref().map(|directory| PlainCopies::new(directory, limits));
         let node = Self(Arc::new(Inner {
             runtime: Some(runtime),
             id,
             store,
             fetcher,
+            plain_copies,
             snapshots: Mutex::default(),
             left_pins: Mutex::default(),
             identity,
@@ -223,6 +234,27 @@ impl Node {
     /// What the disk cache holds; `None` where there is none.
     pub fn cache_status(&self) -> Option<CacheStatus> {
         self.0.fetcher.disk().map(DiskCache::status)
+    }
+
+    /// The plain copies that are held; `None` where there is no directory for any.
+    pub fn plain_copies_status(&self) -> Option<PlainCopiesStatus> {
+        self.0.plain_copies.as_ref().map(PlainCopies::status)
+    }
+
+    /// Writes a plain copy of file number `file`, each byte verified, or answers with the one that there is. While it is held,
+    /// [`Snapshot::plain_copy`] gives it.
+    ///
+    /// [`Refused`](ErrorKind::Refused) where it would go beyond [`NodeConfig::plain_copies_bytes`] or the free-space floor, and
+    /// where the kernel could not use it.
+    pub async fn plain_copy(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        file: usize,
+    ) -> Result<Arc<PlainCopy>, Error> {
+        match &self.0.plain_copies {
+            Some(copies) => copies.make(snapshot, file).await,
+            None => Err(Error::refused("plain copy", "this node has no directory for it")),
+        }
     }
 
     /// The snapshot `id` if it is open on this node already. Never waits.

@@ -11,6 +11,7 @@ use crate::format::keys::PackId;
 use crate::format::manifest::{Facts, Manifest, Run, ZERO_FRAME};
 use crate::format::record::Commit;
 use crate::id::Hash;
+use crate::plain::CopiesOf;
 use crate::reads::Watchers;
 use crate::{Error, PAGE_SIZE, SnapshotId};
 
@@ -115,6 +116,7 @@ pub struct Snapshot {
     data_pages: Vec<u64>,
     frames: Vec<FrameSpec>,
     watchers: Watchers,
+    copies: CopiesOf,
 }
 
 impl Snapshot {
@@ -133,8 +135,8 @@ impl Snapshot {
             runs.iter().filter(|run| run.frame != ZERO_FRAME).map(|run| u64::from(run.pages)).sum()
         };
         let data_pages = runs.iter().map(data).collect();
-        let watchers = Watchers::default();
-        Self { fetcher, commit, facts, files, runs, data_pages, frames, watchers }
+        let (watchers, copies) = (Watchers::default(), CopiesOf::default());
+        Self { fetcher, commit, facts, files, runs, data_pages, frames, watchers, copies }
     }
 
     /// The snapshot's id.
@@ -247,6 +249,10 @@ impl Snapshot {
 
     pub(crate) fn watchers(&self) -> &Watchers {
         &self.watchers
+    }
+
+    pub(crate) fn copies(&self) -> &CopiesOf {
+        &self.copies
     }
 
     /// Brings distinct frames in as few requests as possible; otherwise like [`Self::fetch`] at the

@@ -29,6 +29,8 @@ mod killed;
 mod learning;
 #[path = "end_to_end/metrics.rs"]
 mod metrics;
+#[path = "end_to_end/plain_copies.rs"]
+mod plain_copies;
 #[path = "end_to_end/proxy.rs"]
 mod proxy;
 #[path = "end_to_end/remote.rs"]

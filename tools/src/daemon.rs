@@ -28,8 +28,10 @@ pub fn main() -> ExitCode {
 fn dispatch(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
         Command::Run(run) => run::run(run),
-        Command::Prepare { daemon, name, mode, profile, warm } => {
-            let body = json!({ "mode": mode, "profile": profile, "warm": warm });
+        Command::Prepare { daemon, name, mode, profile, warm, plain_copy } => {
+            let body = json!({
+                "mode": mode, "profile": profile, "warm": warm, "plain_copy": plain_copy,
+            });
             let answer = ask(&daemon.run_dir, Method::PUT, &snapshot_path(name), Some(body))?;
             print(arguments.json, &answer, &prepared_lines(&answer))
         }
@@ -46,7 +48,8 @@ fn dispatch(arguments: &Arguments) -> Result<()> {
             let text = status_lines(&snapshots, &restores)
                 + &store_line(&store)
                 + &prefetch_line(&cache["prefetch"])
-                + &cache_line(&cache["disk"]);
+                + &cache_line(&cache["disk"])
+                + &copies_line(&cache["plain_copies"]);
             let all = json!({
                 "snapshots": snapshots,
                 "restores": restores,
@@ -121,6 +124,9 @@ fn prepared_lines(prepared: &Value) -> String {
         text(&prepared["memory"]),
         text(&prepared["state"]),
     );
+    if let Some(bytes) = prepared["plain_copy_bytes"].as_u64() {
+        lines.push_str(&format!("memory has a plain copy of {}\n", size(bytes)));
+    }
     for (name, path) in prepared["disks"].as_object().into_iter().flatten() {
         lines.push_str(&format!("disk {name} {}\n", text(path)));
     }
@@ -202,6 +208,17 @@ fn cache_line(disk: &Value) -> String {
         bytes("missing_pinned_bytes"),
         disk["dropped_frames"],
     )
+}
+
+/// Nothing where there is none.
+fn copies_line(copies: &Value) -> String {
+    let bytes = |name: &str| size(copies[name].as_u64().unwrap_or_default());
+    match copies["files"].as_u64() {
+        None | Some(0) => String::new(),
+        Some(files) => {
+            format!("plain copies: {files}, {} of {}\n", bytes("used_bytes"), bytes("limit_bytes"))
+        }
+    }
 }
 
 /// How well the working set of a restore fitted, if there was one.

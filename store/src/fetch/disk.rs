@@ -377,7 +377,7 @@ fn read_group(found: &[Option<(Place, Arc<File>)>]) -> Vec<Option<Bytes>> {
 
 /// Bytes that are free to us on the file system of `directory`; where it does not say, the bytes of the cache
 /// are the only bound.
-fn free(directory: &Path) -> u64 {
+pub(crate) fn free(directory: &Path) -> u64 {
     rustix::fs::statvfs(directory).map_or(u64::MAX, |at| at.f_bavail.saturating_mul(at.f_frsize))
 }
 

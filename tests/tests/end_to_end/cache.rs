@@ -231,16 +231,25 @@ fn sequential_reads() -> Result<()> {
             let again = read(&mounted)?;
             let file = fs::File::open(&mounted)?;
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+            drop(file);
             let decoded = read(&mounted)?;
+            let began = Instant::now();
+            worker.ask("prepare", &["f", "--mode", "demand", "--plain-copy"])?;
+            let copying = began.elapsed();
+            let copied = read(&mounted)?;
+            let copied_again = read(&mounted)?;
             let tmpfs = read(&single_pages)?;
             let ratio = |other: Duration| plain.as_secs_f64() / other.as_secs_f64();
             println!(
                 "{} KiB a read, round {round}: plain {plain:?}; mount from frames on disk {as_stored:?} ({:.2}), in memory \
-                 {decoded:?} ({:.2}), again {again:?} ({:.2}); tmpfs {tmpfs:?} ({:.2})",
+                 {decoded:?} ({:.2}), again {again:?} ({:.2}); plain copy, written in {copying:?}, {copied:?} ({:.2}), again \
+                 {copied_again:?} ({:.2}); tmpfs {tmpfs:?} ({:.2})",
                 buffer >> 10,
                 ratio(as_stored),
                 ratio(decoded),
                 ratio(again),
+                ratio(copied),
+                ratio(copied_again),
                 ratio(tmpfs)
             );
             let read = cache(&worker)?;

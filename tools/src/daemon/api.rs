@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::metrics;
-use super::prepared::{Daemon, PrepareMode, Use};
+use super::prepared::{Daemon, PrepareMode, Use, Wanted};
 
 /// Longest request body.
 const MAX_BODY_BYTES: usize = 64 << 10;
@@ -52,6 +52,9 @@ struct Prepare {
     /// Bring all of it into the node's cache, and keep it there while it is prepared.
     #[serde(default)]
     warm: bool,
+    /// Write its memory to this node's disk once more, as it is, for those who read all of it through the mount.
+    #[serde(default)]
+    plain_copy: bool,
     #[serde(default)]
     profile: String,
 }
@@ -129,6 +132,7 @@ async fn cache(State(daemon): State<Arc<Daemon>>) -> Json<Value> {
         "memory_bytes": daemon.node.memory_cache_bytes(),
         "prefetch": daemon.node.prefetch_status(),
         "disk": daemon.node.cache_status(),
+        "plain_copies": daemon.node.plain_copies_status(),
     }))
 }
 
@@ -137,10 +141,12 @@ async fn prepare(
     Path(name): Path<String>,
     text: String,
 ) -> Result<Json<Value>, Failure> {
-    let remedy = r#"{"mode": "auto" | "record" | "prefetch" | "demand", "profile": text, "warm": true | false}"#;
+    let remedy = r#"{"mode": "auto" | "record" | "prefetch" | "demand", "profile": text, "warm": true | false, "plain_copy": true | false}"#;
     let request: Prepare = body(&text, remedy)?;
     let key = use_of(&name, &request.profile)?;
-    let description = daemon.prepare(key, request.mode, request.warm).await.map_err(Failure)?;
+    let Prepare { mode, warm, plain_copy, .. } = request;
+    let wanted = Wanted { mode, warm, plain_copy };
+    let description = daemon.prepare(key, wanted).await.map_err(Failure)?;
     Ok(Json(json!(description)))
 }
 

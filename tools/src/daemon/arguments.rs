@@ -43,6 +43,11 @@ pub enum Command {
         /// prepared: no restore and no reader waits for the store then
         #[arg(long)]
         warm: bool,
+        /// Write its memory once more to this node's disk, as it is, before this returns, for VMMs that read
+        /// all of their memory file at each start: the kernel then reads that copy in place of the mount. It is
+        /// verified when it is written, and gone when the snapshot is released or the daemon ends
+        #[arg(long)]
+        plain_copy: bool,
     },
     /// Show what the running daemon has prepared and what it restores
     Status {
@@ -92,9 +97,13 @@ pub struct Run {
     /// Most bytes of frames of a remote store kept on disk. A local store is read in place
     #[arg(long, value_name = "SIZE", default_value = "20GiB", value_parser = parse_size)]
     pub cache_size: u64,
-    /// Bytes that the cache leaves free on its file system, so that it never fills a disk that others use
+    /// Bytes that the cache and plain copies leave free on their file system, so that they never fill a disk
+    /// that others use
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub cache_free_floor: u64,
+    /// Most bytes of plain copies of memory (`reapd prepare --plain-copy`), which lie on the cache's disk
+    #[arg(long, value_name = "SIZE", default_value = "20GiB", value_parser = parse_size)]
+    pub plain_copies: u64,
     /// Most bytes of decoded frames kept in memory: the working sets of the snapshots in use
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_size)]
     pub memory_cache: u64,

@@ -140,6 +140,15 @@ impl Counted {
         ] {
             out.gauge(name, help, value)?;
         }
+        if let Some(copies) = node.plain_copies_status() {
+            for (name, help, value) in [
+                ("plain_copies", "Plain copies on disk", copies.files),
+                ("plain_copies_used_bytes", "Bytes of their data", copies.used_bytes),
+                ("plain_copies_limit_bytes", "Most of these", copies.limit_bytes),
+            ] {
+                out.gauge(name, help, value)?;
+            }
+        }
         let Some(cache) = node.cache_status() else { return Ok(()) };
         for (name, help, value) in [
             ("cache_limit_bytes", "Most bytes of the cache on disk", cache.limit_bytes),

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use reap_fs::Mount;
 use reap_prefetcher::{Mode, RestoreReport, Server, Timeline};
 use reap_store::pack::{differences, host_facts};
-use reap_store::{Error, FileKind, Name, Node, Profile, Snapshot, SnapshotId};
+use reap_store::{Error, FileKind, Name, Node, PlainCopy, Profile, Snapshot, SnapshotId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -29,6 +30,16 @@ pub enum PrepareMode {
     Demand,
 }
 
+/// What a prepare call asks for.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) mode: PrepareMode,
+    /// All of it in the node's cache.
+    pub(super) warm: bool,
+    /// A plain copy of its memory, which the mount hands reads on to.
+    pub(super) plain_copy: bool,
+}
+
 /// A prepared snapshot, as the API shows it.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Description {
@@ -42,6 +53,8 @@ pub(super) struct Description {
     learning: Learning,
     uffd: PathBuf,
     memory: Option<PathBuf>,
+    /// Bytes of the memory's plain copy, if there is one.
+    plain_copy_bytes: Option<u64>,
     state: Option<PathBuf>,
     disks: BTreeMap<String, PathBuf>,
     /// What differs between this machine and the one that the snapshot was made on, and what the cache
@@ -57,6 +70,7 @@ struct Prepared {
     mode: PrepareMode,
     socket: PathBuf,
     learner: Arc<Learner>,
+    plain_copy: Option<Arc<PlainCopy>>,
 }
 
 /// A snapshot in one of its uses.
@@ -78,7 +92,9 @@ impl Prepared {
 pub(super) struct Daemon {
     pub(super) node: Node,
     pub(super) server: Server,
-    pub(super) mount: PathBuf,
+    mount: PathBuf,
+    /// Whether the mount hands reads on to plain copies.
+    passes_through: bool,
     sockets: PathBuf,
     /// Most bytes of a working set's pages.
     working_set_bytes: u64,
@@ -91,22 +107,28 @@ impl Daemon {
     pub(super) fn new(
         node: Node,
         server: Server,
-        mount: PathBuf,
+        mount: &Mount,
         sockets: PathBuf,
         working_set_bytes: u64,
     ) -> Self {
-        let (prepared, change) = (Mutex::default(), tokio::sync::Mutex::default());
-        Self { node, server, mount, sockets, working_set_bytes, prepared, change }
+        Self {
+            node,
+            server,
+            mount: mount.path().to_owned(),
+            passes_through: mount.passes_through(),
+            sockets,
+            working_set_bytes,
+            prepared: Mutex::default(),
+            change: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Opens a snapshot, finds its working set, and listens for VMMs. Preparing a name and profile again
-    /// takes up its newest snapshot and working set; VMs that run are not touched. `warm` brings all of it
-    /// into the node's cache first.
+    /// takes up its newest snapshot and working set; VMs that run are not touched.
     pub(super) async fn prepare(
         self: &Arc<Self>,
         (name, profile): Use,
-        mode: PrepareMode,
-        warm: bool,
+        Wanted { mode, warm, plain_copy }: Wanted,
     ) -> Result<Description, Error> {
         let _one_change = self.change.lock().await;
         let (snapshot, set) = match mode {
@@ -127,6 +149,10 @@ impl Daemon {
         let kept = match warm {
             true => KeptFrames::warm(&name, &snapshot).await?,
             false => KeptFrames::default(),
+        };
+        let plain_copy = match plain_copy {
+            true => Some(self.copy_memory(&name, &snapshot).await?),
+            false => None,
         };
         // A name has no comma.
         let both = match profile.as_str() {
@@ -149,6 +175,7 @@ impl Daemon {
             mode,
             socket: socket.clone(),
             learner: Arc::new(learner),
+            plain_copy,
         });
         let key = (name, profile);
         if let Some(former) = self.prepared.lock().remove(&key) {
@@ -162,6 +189,22 @@ impl Daemon {
         let description = self.describe(&prepared);
         self.prepared.lock().insert(key, prepared);
         Ok(description)
+    }
+
+    async fn copy_memory(
+        &self,
+        name: &Name,
+        snapshot: &Arc<Snapshot>,
+    ) -> Result<Arc<PlainCopy>, Error> {
+        if !self.passes_through {
+            let text = "a plain copy would not be read: the kernel hands reads on from Linux 6.9, to root only";
+            return Err(Error::refused(name, text));
+        }
+        let memory = snapshot.files().iter().position(|file| file.kind == FileKind::Memory);
+        let memory = memory.ok_or_else(|| Error::refused(name, "it has no memory to copy"))?;
+        let copy = self.node.plain_copy(snapshot, memory).await?;
+        tracing::info!("{name} has a plain copy of its memory: {} bytes", copy.bytes());
+        Ok(copy)
     }
 
     /// Stops listening for a name and profile; whether it was prepared.
@@ -211,6 +254,7 @@ impl Daemon {
             learning: prepared.learner.progress(),
             uffd: prepared.socket.clone(),
             memory: path_of(FileKind::Memory),
+            plain_copy_bytes: prepared.plain_copy.as_ref().map(|copy| copy.bytes()),
             state: path_of(FileKind::State),
             disks: disks.map(|disk| (disk.name.clone(), directory.join(&disk.name))).collect(),
             warnings,

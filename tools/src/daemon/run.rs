@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::arguments::Run;
-use super::prepared::{Daemon, PrepareMode};
+use super::prepared::{Daemon, Wanted};
 use crate::output::size;
 
 /// How long `ready` waits to hear what the store cannot do.
@@ -38,6 +38,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         readers_dir: None,
         disk_cache_bytes: arguments.cache_size,
         disk_free_floor_bytes: arguments.cache_free_floor,
+        plain_copies_bytes: arguments.plain_copies,
         memory_cache_bytes: arguments.memory_cache,
         prefetch_bytes: arguments.prefetch_budget,
     })?;
@@ -67,9 +68,8 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         size(arguments.cache_size)
     );
     let sockets = run_dir.path.join("uffd");
-    let mount_path = mount.path().to_owned();
     let limit = arguments.working_set_size;
-    let daemon = Arc::new(Daemon::new(node.clone(), server, mount_path, sockets, limit));
+    let daemon = Arc::new(Daemon::new(node.clone(), server, &mount, sockets, limit));
     let served = node.block_on(serve(&daemon, &run_dir, names, arguments.metrics));
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
@@ -194,7 +194,7 @@ async fn serve(
     let ready = async {
         let prepare = async {
             for name in names {
-                daemon.prepare((name, Profile::default()), PrepareMode::Auto, false).await?;
+                daemon.prepare((name, Profile::default()), Wanted::default()).await?;
             }
             Ok::<_, Error>(())
         };

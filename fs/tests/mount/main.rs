@@ -17,6 +17,8 @@ use reap_fs::{Mount, MountConfig, MountError, StopOutcome};
 use reap_store::pack::{Input, Packed, Request, pack};
 use reap_store::{FileKind, Node, NodeConfig, Store};
 
+mod plain_copies;
+
 const PAGE: usize = 4096;
 
 /// Pages of zeros, repeated and single ones, and an end inside a page.
