@@ -11,6 +11,7 @@ mod budget;
 pub(crate) mod disk;
 mod hedge;
 mod memory;
+mod pieces;
 mod prefetch;
 mod ranges;
 mod read;

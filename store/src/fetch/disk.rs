@@ -15,7 +15,6 @@ mod writer;
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
 use std::ops::{Range, RangeInclusive};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +23,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{FrameKey, FrameSpec, ObjectId};
+use super::{FrameKey, FrameSpec, ObjectId, pieces};
 use crate::Error;
 use index::{Index, Key, Place};
 use queue::Queue;
@@ -383,7 +382,7 @@ pub(crate) fn free(directory: &Path) -> u64 {
 
 fn read_at(file: &File, offset: u32, length: u32) -> std::io::Result<Bytes> {
     let mut bytes = vec![0; length as usize];
-    file.read_exact_at(&mut bytes, u64::from(offset))?;
+    pieces::read_exact_at(file, &mut bytes, u64::from(offset))?;
     Ok(bytes.into())
 }
 

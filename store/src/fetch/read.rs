@@ -1,6 +1,5 @@
 //! Carrying out reads: locally on the decode threads, remotely on the I/O runtime.
 
-use std::os::unix::fs::FileExt;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +10,7 @@ use futures::future::{Either, select};
 use tokio::sync::SemaphorePermit;
 
 use super::ranges::{self, RangeRead, Shape};
-use super::{Abandoned, Fetcher, FrameSpec, ObjectId};
+use super::{Abandoned, Fetcher, FrameSpec, ObjectId, pieces};
 use crate::collect;
 use crate::objects::Pass;
 use crate::{Error, ErrorKind, Urgency};
@@ -84,7 +83,7 @@ impl Fetcher {
             .map_err(|error| Error::damaged(read.object().key(), error))?;
         let mut bytes = self.0.workers.spares().take(length);
         self.count_store_read(length as u64);
-        match file.read_exact_at(&mut bytes, range.start) {
+        match pieces::read_exact_at(&file, &mut bytes, range.start) {
             Ok(()) => Ok(bytes.into()),
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Err(Error::damaged(read.object().key(), "is truncated"))
