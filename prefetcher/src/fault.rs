@@ -13,6 +13,7 @@ use crate::engine::Engine;
 use crate::latency::FaultClass;
 use crate::memory::{Content, NewFault, Served};
 use crate::pending::PendingFault;
+use crate::prefetch;
 use crate::report::{Cause, End};
 use crate::uffd::MemoryEvent;
 use crate::vm::Vm;
@@ -106,8 +107,8 @@ fn attend(
         return;
     }
     match vm.planned_place(unit) {
-        Some((set, frame, position)) => {
-            fetch_planned(engine, vm, unit, fault, set, frame, position)
+        Some((set, number, position)) => {
+            fetch_planned(engine, vm, unit, fault, set, number, position)
         }
         None => fetch(engine, vm, unit, fault, frames),
     }
@@ -120,18 +121,21 @@ fn fetch_planned(
     vm: &Arc<Vm>,
     unit: u64,
     fault: PendingFault,
-    set: &WorkingSet,
-    frame: usize,
+    set: &Arc<WorkingSet>,
+    number: usize,
     position: u32,
 ) {
     vm.memory.await_bytes(unit, fault);
-    let (engine, vm) = (engine.clone(), vm.clone());
-    set.fetch_one(frame, Urgency::Demand, move |frame| {
+    let (engine, vm, of) = (engine.clone(), vm.clone(), set.clone());
+    set.fetch_one(number, Urgency::Demand, move |frame| {
         vm.guarded(|| {
             let Some(fault) = vm.memory.bytes_came(unit) else { return };
             match frame {
                 Ok(frame) => {
                     settle(&engine, &vm, unit, fault, Content::Bytes(frame.pages(position, 1)));
+                    if vm.installs {
+                        prefetch::install_next(&vm, of.runs(number), position, &frame);
+                    }
                 }
                 // It costs speed only: the pack has the page too.
                 Err(_) => fetch(&engine, &vm, unit, fault, &vm.frames_of(unit)),

@@ -11,6 +11,8 @@ use crate::page_state::Bitmap;
 use crate::plan;
 use crate::vm::Vm;
 
+/// Pages that are installed behind one that was late: 60 us of a thread that other VMs may wait for.
+const NEXT_PAGES: u64 = 16;
 /// Units of 2 MiB that are fetched at once for one VM.
 const HUGE_UNITS_AHEAD: usize = 4;
 
@@ -78,6 +80,43 @@ fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
             vm.snapshot.warm(first.file as usize, first.first_page, bytes);
         }
     }
+}
+
+/// The page at `position` of a frame of the set was touched before it was installed: installs what is touched next, from the same
+/// frame. The threads that prefetch give way to all others and install in the order of the file; a guest that is ahead of them
+/// would stop at every page, and by that keep them off the processors. Never waits.
+pub(crate) fn install_next(vm: &Vm, runs: &[WorkingSetRun], position: u32, frame: &Frame) {
+    let mut pages = 0;
+    for (at, run) in touched_from(runs, position) {
+        if run.file as usize != vm.file {
+            continue;
+        }
+        let (count, bytes) = (u64::from(run.pages), frame.pages(at, run.pages));
+        let ahead = vm.memory.install_ahead(run.first_page, count, Some(bytes), || false);
+        vm.restore.prefetched(run.first_page, ahead.installed, false);
+        pages += ahead.installed;
+        if pages >= NEXT_PAGES || ahead.left.is_some() {
+            return;
+        }
+    }
+}
+
+/// The runs of a frame that are touched with the page at `position` or after it, in that order, each with its position.
+fn touched_from(
+    runs: &[WorkingSetRun],
+    position: u32,
+) -> impl Iterator<Item = (u32, &WorkingSetRun)> {
+    let mut end = 0;
+    let placed = runs.iter().map(|run| {
+        end += run.pages;
+        (end - run.pages, run)
+    });
+    let mut placed: Vec<_> = placed.collect();
+    let is_it = |(at, run): &&(u32, &WorkingSetRun)| (*at..at + run.pages).contains(&position);
+    let since = placed.iter().find(is_it).map_or(u32::MAX, |(_, run)| run.first_touch_us);
+    placed.retain(|(_, run)| run.first_touch_us >= since);
+    placed.sort_by_key(|(_, run)| run.first_touch_us);
+    placed.into_iter()
 }
 
 /// With 2 MiB guest pages a unit needs all its bytes, of which the working set has a few: the
@@ -150,5 +189,29 @@ fn install_huge(vm: &Vm, unit: u64, fetched: impl Iterator<Item = Fetched>) {
         let installed = vm.install_ahead(unit, 1, Some(&bytes)).installed;
         let per_unit = vm.layout().pages_per_unit();
         vm.restore.prefetched(unit * per_unit, installed * per_unit, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_touched_next_comes_next_whatever_its_place() {
+        let run = |first_page, pages, first_touch_us| WorkingSetRun {
+            file: 0,
+            first_page,
+            pages,
+            first_touch_us,
+            weight: reap_store::WEIGHT_ONE,
+        };
+        let runs = [run(10, 1, 70), run(20, 4, 30), run(30, 2, 90), run(40, 1, 30), run(50, 3, 10)];
+        let from = |position| -> Vec<_> {
+            touched_from(&runs, position).map(|(at, run)| (at, run.first_page)).collect()
+        };
+        assert_eq!(from(3), [(1, 20), (7, 40), (0, 10), (5, 30)]);
+        assert_eq!(from(0), [(0, 10), (5, 30)]);
+        assert_eq!(from(10).len(), runs.len());
+        assert_eq!(from(11), [], "the frame has no such page");
     }
 }

@@ -313,6 +313,7 @@ impl Shared {
             recording: Mutex::new(recording),
             planned,
             set: set.clone(),
+            installs: install,
         });
         if let Err(error) = self.engine.add(&vm) {
             vm.kill(Cause::Kernel, &format!("it cannot be watched: {error}"));

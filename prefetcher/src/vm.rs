@@ -37,6 +37,8 @@ pub(crate) struct Vm {
     pub(crate) planned: Option<Bitmap>,
     /// That working set.
     pub(crate) set: Option<Arc<WorkingSet>>,
+    /// It is installed ahead; else only its frames are brought.
+    pub(crate) installs: bool,
 }
 
 impl Vm {
