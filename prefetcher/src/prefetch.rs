@@ -12,7 +12,7 @@ use crate::plan;
 use crate::vm::Vm;
 
 /// Pages that are installed behind one that was late: 60 us of a thread that other VMs may wait for.
-const NEXT_PAGES: u64 = 16;
+const NEXT_PAGES: u32 = 16;
 /// Units of 2 MiB that are fetched at once for one VM.
 const HUGE_UNITS_AHEAD: usize = 4;
 
@@ -86,16 +86,20 @@ fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
 /// frame. The threads that prefetch give way to all others and install in the order of the file; a guest that is ahead of them
 /// would stop at every page, and by that keep them off the processors. Never waits.
 pub(crate) fn install_next(vm: &Vm, runs: &[WorkingSetRun], position: u32, frame: &Frame) {
-    let mut pages = 0;
+    let mut left = NEXT_PAGES;
     for (at, run) in touched_from(runs, position) {
         if run.file as usize != vm.file {
             continue;
         }
-        let (count, bytes) = (u64::from(run.pages), frame.pages(at, run.pages));
-        let ahead = vm.memory.install_ahead(run.first_page, count, Some(bytes), || false);
-        vm.restore.prefetched(run.first_page, ahead.installed, false);
-        pages += ahead.installed;
-        if pages >= NEXT_PAGES || ahead.left.is_some() {
+        // The first is gone on with from the page itself.
+        let skipped = if at < position && position < at + run.pages { position - at } else { 0 };
+        let pages = (run.pages - skipped).min(left);
+        let (first, bytes) =
+            (run.first_page + u64::from(skipped), frame.pages(at + skipped, pages));
+        let ahead = vm.memory.install_ahead(first, u64::from(pages), Some(bytes), || false);
+        vm.restore.prefetched(first, ahead.installed, false);
+        left = left.saturating_sub(u32::try_from(ahead.installed).unwrap_or(u32::MAX));
+        if left == 0 || ahead.left.is_some() {
             return;
         }
     }

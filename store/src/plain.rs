@@ -22,8 +22,8 @@ use crate::{Error, PAGE_SIZE, Snapshot};
 /// What a file system calls itself on which the kernel takes no copies: it would be one more layer on a layer.
 const STACKED: [(u64, &str); 2] = [(0x794c_7630, "overlayfs"), (0x6573_5546, "FUSE")];
 
-/// Bytes that are read at once when a copy is read back.
-const READ_BACK_BYTES: usize = 1 << 20;
+/// Bytes that are read at once when a copy is read back: the kernel reads ahead of that.
+const READ_BACK_BYTES: usize = 64 << 10;
 
 /// A copy of one file of a snapshot.
 pub struct PlainCopy {
