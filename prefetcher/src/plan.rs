@@ -11,8 +11,7 @@ use crate::report::Restore;
 /// touch by its weights.
 pub(crate) fn note(restore: &Restore, set: &WorkingSet, file: usize) {
     let (mut data, mut zeros, mut weights) = (0, 0, 0);
-    let frames = (0..set.frame_count()).flat_map(|frame| set.runs(frame));
-    for run in frames.filter(|run| run.file as usize == file) {
+    for run in set.data_runs().iter().filter(|run| run.file as usize == file) {
         data += u64::from(run.pages);
         weights += u64::from(run.pages) * u64::from(run.weight);
     }

@@ -34,8 +34,7 @@ pub(crate) fn planned_units(
 }
 
 fn runs_of_file(set: &WorkingSet, file: usize) -> impl Iterator<Item = &WorkingSetRun> {
-    let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame));
-    data.chain(set.zero_runs()).filter(move |run| run.file as usize == file)
+    set.all_runs().filter(move |run| run.file as usize == file)
 }
 
 /// Streams a working set into a VM. Returns at once; the frames are installed as they arrive.

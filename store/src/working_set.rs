@@ -187,6 +187,16 @@ impl WorkingSet {
         &self.header.runs[self.first_run[frame]..][..count]
     }
 
+    /// All runs with bytes, in the order of their frames.
+    pub fn data_runs(&self) -> &[WorkingSetRun] {
+        &self.header.runs
+    }
+
+    /// All runs, those without bytes last.
+    pub fn all_runs(&self) -> impl Iterator<Item = &WorkingSetRun> {
+        self.data_runs().iter().chain(self.zero_runs())
+    }
+
     /// Recorded pages that are zero in the snapshot; they have no bytes.
     pub fn zero_runs(&self) -> &[WorkingSetRun] {
         &self.header.zero_runs
@@ -203,7 +213,7 @@ impl WorkingSet {
 
     /// Pages with bytes, in all frames.
     pub fn data_pages(&self) -> u64 {
-        self.header.runs.iter().map(|run| u64::from(run.pages)).sum()
+        self.data_runs().iter().map(|run| u64::from(run.pages)).sum()
     }
 
     /// Recorded zero pages.

@@ -89,7 +89,7 @@ impl LearnedSet {
 
     /// What a stored set knows.
     pub fn of(set: &WorkingSet) -> Self {
-        let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame)).map(|run| (run, false));
+        let data = set.data_runs().iter().map(|run| (run, false));
         let runs = data.chain(set.zero_runs().iter().map(|run| (run, true)));
         // The neighbours follow from the others.
         let runs = runs.filter(|(run, _)| run.was_touched());

@@ -42,6 +42,11 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
         memory_cache_bytes: arguments.memory_cache,
         prefetch_bytes: arguments.prefetch_budget,
     })?;
+    // Before the mount: a taken address must not cost one.
+    let metrics = match arguments.metrics {
+        Some(address) => Some(node.block_on(listen_for_metrics(address))?),
+        None => None,
+    };
     let max_vms = room_for_vms();
     let server = Server::start(ServerConfig {
         max_vms,
@@ -70,7 +75,7 @@ pub(super) fn run(arguments: &Run) -> Result<()> {
     let sockets = run_dir.path.join("uffd");
     let limit = arguments.working_set_size;
     let daemon = Arc::new(Daemon::new(node.clone(), server, &mount, sockets, limit));
-    let served = node.block_on(serve(&daemon, &run_dir, names, arguments.metrics));
+    let served = node.block_on(serve(&daemon, &run_dir, names, metrics));
     stop(&daemon, mount, Duration::from_secs(arguments.stop_deadline));
     drop(run_dir);
     served
@@ -175,7 +180,7 @@ async fn serve(
     daemon: &Arc<Daemon>,
     run_dir: &RunDir,
     names: Vec<Name>,
-    metrics: Option<SocketAddr>,
+    metrics: Option<TcpListener>,
 ) -> Result<()> {
     // Before anything is ready: a signal that comes early ends us cleanly too.
     let (mut terminate, mut interrupt) =
@@ -187,10 +192,6 @@ async fn serve(
     let listener = UnixListener::bind(&api).map_err(|error| Error::local(api.display(), error))?;
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     std::fs::set_permissions(&api, private)?;
-    let serving_metrics = match metrics {
-        Some(address) => Some(metrics_service(daemon, address).await?),
-        None => None,
-    };
     let ready = async {
         let prepare = async {
             for name in names {
@@ -206,8 +207,11 @@ async fn serve(
     };
     let serving = axum::serve(listener, super::api::router(daemon.clone()));
     let serving_metrics = async {
-        match serving_metrics {
-            Some(serving) => Ok(serving.await?),
+        match metrics {
+            Some(listener) => {
+                let router = super::api::metrics_router(daemon.clone());
+                Ok(axum::serve(listener, router).await?)
+            }
             None => Ok(()),
         }
     };
@@ -218,18 +222,14 @@ async fn serve(
     }
 }
 
-/// Listens at `address`; what comes of it serves the metrics there.
-async fn metrics_service(
-    daemon: &Arc<Daemon>,
-    address: SocketAddr,
-) -> Result<axum::serve::Serve<TcpListener, axum::Router, axum::Router>, Error> {
+async fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
     let local = |error: std::io::Error| {
         Error::local(format!("{address} (--metrics)"), format!("{error}: choose another address"))
     };
     let listener = TcpListener::bind(address).await.map_err(local)?;
     let address = listener.local_addr().map_err(local)?;
     tracing::info!("metrics at http://{address}/metrics");
-    Ok(axum::serve(listener, super::api::metrics_router(daemon.clone())))
+    Ok(listener)
 }
 
 /// VMs get their memory before the mount goes, because what they lack comes from the same store.

@@ -106,9 +106,7 @@ pub(super) fn html(name: &str, set: &WorkingSet, timeline: Option<&Timeline>) ->
 
 /// Microseconds to the first touch of each page of guest memory that the set has and a restore touched.
 fn touched_pages(set: &WorkingSet, file: usize) -> BTreeMap<u64, u32> {
-    let data = (0..set.frame_count()).flat_map(|frame| set.runs(frame));
-    let runs =
-        data.chain(set.zero_runs()).filter(|run| run.file as usize == file && run.was_touched());
+    let runs = set.all_runs().filter(|run| run.file as usize == file && run.was_touched());
     let pages = runs.flat_map(|run: &WorkingSetRun| {
         let pages = run.first_page..run.first_page + u64::from(run.pages);
         pages.map(|page| (page, run.first_touch_us))

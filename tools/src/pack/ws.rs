@@ -186,14 +186,10 @@ async fn find(node: &Node, id: SnapshotId, which: &Which) -> Result<Arc<WorkingS
     node.open_working_set(&snapshot, listed).await
 }
 
-fn runs(set: &WorkingSet) -> impl Iterator<Item = &WorkingSetRun> {
-    (0..set.frame_count()).flat_map(|frame| set.runs(frame)).chain(set.zero_runs())
-}
-
 /// How many pages are touched by what part of restores.
 fn weights(set: &WorkingSet) -> Value {
     let mut counts = [("always", 0), ("mostly", 0), ("at times", 0), ("never yet", 0)];
-    for run in runs(set) {
+    for run in set.all_runs() {
         let kind = match f32::from(run.weight) / f32::from(reap_store::WEIGHT_ONE) {
             weight if weight >= 0.95 => 0,
             weight if weight >= 0.5 => 1,
@@ -210,7 +206,7 @@ fn weights(set: &WorkingSet) -> Value {
 fn per_file(set: &WorkingSet) -> Value {
     let files = Snapshot::files(set.snapshot());
     let pages = |number: usize| {
-        let of_file = runs(set).filter(|run| run.file as usize == number);
+        let of_file = set.all_runs().filter(|run| run.file as usize == number);
         of_file.map(|run| u64::from(run.pages)).sum::<u64>()
     };
     let counted = files.iter().enumerate().map(|(number, file)| (file.name.clone(), pages(number)));
@@ -224,7 +220,7 @@ fn touches(set: &WorkingSet) -> Vec<(u32, u64)> {
         (run.first_page..run.first_page + u64::from(run.pages)).map(move |page| (at_us, page))
     };
     let mut touches: Vec<_> =
-        runs(set).filter(|run| run.file == 0 && run.was_touched()).flat_map(pages).collect();
+        set.all_runs().filter(|run| run.file == 0 && run.was_touched()).flat_map(pages).collect();
     touches.sort_by_key(|(at_us, _)| *at_us);
     touches
 }
