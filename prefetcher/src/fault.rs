@@ -94,6 +94,11 @@ fn attend(
         // The usual fault: one page of a frame in memory, without a copy of ours.
         let position = position_of(vm, unit);
         settle(engine, vm, unit, fault, Content::Bytes(found.pages(position, 1)));
+        if let Some((set, number, position)) = vm.planned_place(unit)
+            && let Some(frame) = set.cached(number)
+        {
+            prefetch::install_next(vm, set.runs(number), position, &frame);
+        }
         return;
     }
     if frames.is_empty() {
@@ -133,9 +138,7 @@ fn fetch_planned(
             match frame {
                 Ok(frame) => {
                     settle(&engine, &vm, unit, fault, Content::Bytes(frame.pages(position, 1)));
-                    if vm.installs {
-                        prefetch::install_next(&vm, of.runs(number), position, &frame);
-                    }
+                    prefetch::install_next(&vm, of.runs(number), position, &frame);
                 }
                 // It costs speed only: the pack has the page too.
                 Err(_) => fetch(&engine, &vm, unit, fault, &vm.frames_of(unit)),

@@ -83,15 +83,19 @@ fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
 
 /// The page at `position` of a frame of the set was touched before it was installed: installs what is touched next, from the same
 /// frame. The threads that prefetch give way to all others and install in the order of the file; a guest that is ahead of them
-/// would stop at every page, and by that keep them off the processors. Never waits.
+/// would stop at every page, and by that keep them off the processors. Never waits; nothing where nothing is installed ahead.
 pub(crate) fn install_next(vm: &Vm, runs: &[WorkingSetRun], position: u32, frame: &Frame) {
+    if !vm.installs {
+        return;
+    }
     let mut left = NEXT_PAGES;
     for (at, run) in touched_from(runs, position) {
         if run.file as usize != vm.file {
             continue;
         }
-        // The first is gone on with from the page itself.
-        let skipped = if at < position && position < at + run.pages { position - at } else { 0 };
+        // A run is touched in whatever order; of one that is too long, what lies after the page.
+        let holds_it = at < position && position < at + run.pages;
+        let skipped = if holds_it && run.pages > left { position - at } else { 0 };
         let pages = (run.pages - skipped).min(left);
         let (first, bytes) =
             (run.first_page + u64::from(skipped), frame.pages(at + skipped, pages));

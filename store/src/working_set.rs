@@ -243,6 +243,11 @@ impl WorkingSet {
         self.snapshot.fetcher().fetch_working_set(wanted, urgency, &(Arc::new(done) as _));
     }
 
+    /// A frame, if it is decoded in memory now. Never waits.
+    pub fn cached(&self, frame: usize) -> Option<Frame> {
+        self.snapshot.fetcher().cached(&self.spec(frame).key())
+    }
+
     /// Brings one frame: joins and promotes its flight if it is on its way. `done` is called as in
     /// [`Self::fetch`].
     pub fn fetch_one(

@@ -23,10 +23,11 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use reap_prefetcher::{End, Mode, RestoreReport, Server, ServerConfig};
+use reap_prefetcher::{End, Event, EventKind, Mode, RestoreReport, Server, ServerConfig};
 use reap_store::pack::{Input, Request, pack};
 use reap_store::{
-    FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, WorkingSet, WorkingSetContent,
+    FileKind, Node, NodeConfig, PAGE_SIZE, Snapshot, Store, Touch, Urgency, WorkingSet,
+    WorkingSetContent, WorkingSetRun,
 };
 use reap_vmm::{HugePool, PretendVm, true_memory, true_page};
 
@@ -274,6 +275,55 @@ fn a_planned_page_waits_for_its_working_set_and_needs_no_pack() {
     let backwards: Vec<_> = vm.pages().into_iter().rev().collect();
     vm.check(&backwards).expect("every byte");
     assert!(fixture.wait_for(|_| true).end.is_none());
+}
+
+/// The threads that prefetch are kept busy, as by guests that are ahead of them.
+#[test]
+fn a_late_page_brings_those_that_are_touched_next() {
+    let fixture = Fixture::new(1000);
+    // From the last to the first.
+    let touches: Vec<_> =
+        (0..200).rev().map(|page| Touch { file: 0, page, at_us: 10 * (200 - page) }).collect();
+    let set = fixture.published(&touches);
+    let (sender, came) = mpsc::channel();
+    set.fetch(Urgency::Prefetch, move |_, frame| sender.send(frame.is_ok()).expect("receiver"));
+    assert!(
+        (0..set.frame_count()).all(|_| came.recv().expect("comes")),
+        "its frames are in memory"
+    );
+    let busy = fixture.snapshot.frames_of(0, 901..902);
+    let (sender, came) = mpsc::channel();
+    fixture.snapshot.fetch(&busy, Urgency::Demand, move |_, _| sender.send(()).expect("receiver"));
+    came.recv().expect("comes");
+    let gate = Arc::new(parking_lot::Mutex::new(()));
+    let closed = gate.lock();
+    for _ in 0..std::thread::available_parallelism().expect("known").get() {
+        let gate = gate.clone();
+        fixture.snapshot.fetch(&busy, Urgency::Prefetch, move |_, _| drop(gate.lock()));
+    }
+    // In the order of their touch.
+    let pages_of = |frame| -> Vec<u64> {
+        let pages = |run: &WorkingSetRun| run.first_page..run.first_page + u64::from(run.pages);
+        let mut pages: Vec<u64> = set.runs(frame).iter().flat_map(pages).collect();
+        pages.sort_unstable_by(|one, other| other.cmp(one));
+        pages
+    };
+    let of_frame = (0..set.frame_count()).map(pages_of).max_by_key(Vec::len).expect("has frames");
+    let socket = fixture.bind(move || Mode::Prefetch(set.clone()));
+    let mut vm = whole(1000);
+    vm.connect(&socket).expect("connects");
+    vm.check(&[vm.pages()[of_frame[0] as usize]]).expect("every byte");
+    let report = fixture.wait_for(|report| report.prefetched_pages == 16);
+    assert_eq!(report.late_pages, 1);
+    let (_, timeline) = fixture.server.timeline(report.id).expect("it is remembered");
+    let installs = timeline.events.iter().filter(|event| event.kind == EventKind::Install);
+    let pages = |event: &Event| event.page..event.page + u32::from(event.pages);
+    let installed: Vec<u64> = installs.flat_map(pages).map(u64::from).collect();
+    assert_eq!(installed.len(), 16);
+    // Neighbours are one run, and of the last run only a part is taken.
+    assert!(of_frame[1..16].iter().all(|page| installed.contains(page)), "{installed:?}");
+    drop(closed);
+    vm.check(&vm.pages()).expect("every byte");
 }
 
 #[test]
