@@ -94,7 +94,8 @@ fn attend(
         // The usual fault: one page of a frame in memory, without a copy of ours.
         let position = position_of(vm, unit);
         settle(engine, vm, unit, fault, Content::Bytes(found.pages(position, 1)));
-        if let Some((set, number, position)) = vm.planned_place(unit)
+        if vm.installs
+            && let Some((set, number, position)) = vm.planned_place(unit)
             && let Some(frame) = set.cached(number)
         {
             prefetch::install_next(vm, set.runs(number), position, &frame);
@@ -138,7 +139,9 @@ fn fetch_planned(
             match frame {
                 Ok(frame) => {
                     settle(&engine, &vm, unit, fault, Content::Bytes(frame.pages(position, 1)));
-                    prefetch::install_next(&vm, of.runs(number), position, &frame);
+                    if vm.installs {
+                        prefetch::install_next(&vm, of.runs(number), position, &frame);
+                    }
                 }
                 // It costs speed only: the pack has the page too.
                 Err(_) => fetch(&engine, &vm, unit, fault, &vm.frames_of(unit)),

@@ -83,11 +83,8 @@ fn install_frame(vm: &Vm, runs: &[WorkingSetRun], frame: &Frame) {
 
 /// The page at `position` of a frame of the set was touched before it was installed: installs what is touched next, from the same
 /// frame. The threads that prefetch give way to all others and install in the order of the file; a guest that is ahead of them
-/// would stop at every page, and by that keep them off the processors. Never waits; nothing where nothing is installed ahead.
+/// would stop at every page, and by that keep them off the processors. Never waits.
 pub(crate) fn install_next(vm: &Vm, runs: &[WorkingSetRun], position: u32, frame: &Frame) {
-    if !vm.installs {
-        return;
-    }
     let mut left = NEXT_PAGES;
     for (at, run) in touched_from(runs, position) {
         if run.file as usize != vm.file {

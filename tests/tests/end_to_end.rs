@@ -88,6 +88,16 @@ impl Fixture {
         Ok(path.display().to_string())
     }
 
+    /// A guest that has answered `one`, and whose memory is packed as `f`; with that answer.
+    fn packed_guest(&self, lab: &Lab) -> Result<(Snapshot, String)> {
+        let mut guest = lab.boot("helloworld", 256, &self.path("guest"))?;
+        let answer = guest.request("one")?.line;
+        let snapshot = guest.snapshot(&self.path("guest"))?;
+        let memory = snapshot.memory.display().to_string();
+        reap_pack_json(&self.url, &["pack", "--name", "f", "--memory", &memory])?;
+        Ok((snapshot, answer))
+    }
+
     /// Runs `reap-pack` and kills it after a while, wherever it is then.
     fn killed_after(&self, delay_ms: u64, arguments: &[&str]) -> Result<()> {
         let mut child = reap_pack_command(&self.url, arguments)?
@@ -215,11 +225,7 @@ fn every_function_goes_the_whole_path_in_both_sizes() -> Result<()> {
 fn a_guest_lives_on_when_the_daemon_stops() -> Result<()> {
     let fixture = Fixture::new()?;
     let lab = Lab::open()?;
-    let mut guest = lab.boot("helloworld", 256, &fixture.path("guest"))?;
-    let before = guest.request("one")?.line;
-    let snapshot = guest.snapshot(&fixture.path("guest"))?;
-    let memory = snapshot.memory.display().to_string();
-    reap_pack_json(&fixture.url, &["pack", "--name", "f", "--memory", &memory])?;
+    let (snapshot, before) = fixture.packed_guest(&lab)?;
     let worker = fixture.worker(&[])?;
     let prepared = worker.prepare("f", "demand")?;
     let uffd = Backend::Uffd { socket: prepared["uffd"].as_str().context("a socket")?.into() };

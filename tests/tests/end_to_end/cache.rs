@@ -198,7 +198,7 @@ fn measure_sequential_reads() -> Result<()> {
 }
 
 /// The body of the one above: a guest's memory file in the page cache, against the mount whose frames are on this node's
-/// disk (and so in the page cache too, as stored bytes), decoded in its memory, and against reading the mount again. A copy
+/// disk (and so in the page cache too, as stored bytes), decoded in its memory, against reading the mount again, and against its plain copy. A copy
 /// on tmpfs shows what the kernel's page cache can do where it has single pages, as it has for FUSE.
 #[cfg(feature = "measure")]
 #[test]

@@ -26,11 +26,7 @@ fn prepare(worker: &Worker, arguments: &[&str]) -> Result<Option<Value>> {
 fn a_guest_starts_from_a_plain_copy_of_its_memory() -> Result<()> {
     let fixture = Fixture::new()?;
     let lab = Lab::open()?;
-    let mut guest = lab.boot("helloworld", 256, &fixture.path("guest"))?;
-    let before = guest.request("one")?.line;
-    let snapshot = guest.snapshot(&fixture.path("guest"))?;
-    let memory = snapshot.memory.display().to_string();
-    reap_pack_json(&fixture.url, &["pack", "--name", "f", "--memory", &memory])?;
+    let (snapshot, before) = fixture.packed_guest(&lab)?;
     let worker = fixture.worker(&[])?;
     let Some(prepared) = prepare(&worker, &["--mode", "demand"])? else { return Ok(()) };
     let bytes = prepared["plain_copy_bytes"].as_f64().context("bytes")?;
